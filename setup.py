@@ -24,16 +24,24 @@ setup(
     author_email=cfg["author_email"],
     url=cfg["git_url"],
     license="Apache-2.0",
+    license_files=["LICENSE"],
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["hctrain", "hctrain.*"]),
+    package_data={"hctrain": ["data/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=deps("requirements"),
-    extras_require={"dev": deps("dev_requirements")},
-    # Lets other nbdev projects link to this one's API docs.
-    entry_points={"nbdev": ["hctrain=hctrain._modidx:d"]},
+    extras_require={
+        "acs": deps("acs_requirements"),
+        "dev": deps("acs_requirements") + deps("dev_requirements"),
+    },
+    entry_points={
+        "console_scripts": ["hctrain=hctrain.cli:main"],
+        "nbdev": ["hctrain=hctrain._modidx:d"],  # lets other nbdev projects link to this one's API docs
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     zip_safe=False,
 )
