@@ -1,0 +1,38 @@
+"""What README.md and CONTRIBUTING.md say can be done, can be done."""
+import re
+import subprocess
+import sys
+from urllib.parse import urlsplit
+
+import pytest
+from chapters import ROOT
+
+PAGES = pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_python_runs(tmp_path):
+    "All Python of the README, in one go and from top to bottom"
+    code = "\n".join(re.findall(r"^``` ?python\n(.*?)^```", read("README.md"), flags=re.M | re.S))
+    script = tmp_path / "readme.py"
+    script.write_text(code, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-W", "error", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, code + done.stderr
+
+
+@PAGES
+def test_make_targets_exist(name):
+    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), flags=re.M))
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", read(name), flags=re.M)) <= targets
+
+
+@PAGES
+def test_links(name):
+    "Links to files of the repository; tests/test_site.py checks those of the site"
+    for link in re.findall(r"\]\(([^)\s]+)\)", read(name)) + re.findall(r'(?:src|href)="([^"]+)"', read(name)):
+        u = urlsplit(link)
+        if not u.scheme and u.path:
+            assert (ROOT / u.path).exists(), f"{name} links to {link}"
