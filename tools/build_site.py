@@ -7,6 +7,8 @@ pandoc (the wheel pypandoc_binary) renders them to plain HTML with MathML, no sc
 It knows the subset of Quarto that our notebooks use, and stops at what it does not know:
 cell options echo, output, code-fold, label, fig-cap, tbl-cap; cross references to fig-, tbl-, eq-, sec-;
 divs such as ::: {.callout-note}; citations, where _quarto.yml names a bibliography.
+It stops as well at a formula that pandoc cannot read, at an unknown label and at a link that leads nowhere.
+README.md is made from the index notebook on the way.
 """
 import base64
 import html
@@ -14,7 +16,10 @@ import json
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pypandoc
 import yaml
@@ -51,13 +56,20 @@ def fence(body, attrs):
     return f"{ticks} {{{attrs}}}\n{body}\n{ticks}"
 
 
+def terminal(s):
+    "What a terminal would show: no colours, and of a line that was rewritten its last state."
+    s = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", s)
+    return fence("\n".join(line.rstrip("\r").split("\r")[-1] for line in s.rstrip().split("\n")), ".output")
+
+
 class Page:
     def __init__(self, path, out):
         self.nb = json.loads(path.read_text(encoding="utf-8"))
         self.out, self.stem, self.n, self.refs = out, path.stem, 0, {}
         self.meta = yaml.safe_load(text(self.nb["cells"][0]["source"]).strip().strip("-"))
-        self.href = self.meta["output-file"]
-        self.parts = [p for c in self.nb["cells"][1:] for p in self.cell(c)]
+        self.href, self.title = self.meta["output-file"], self.meta["title"]
+        cells = self.nb["cells"][1:]
+        self.parts = [p for c, following in zip(cells, cells[1:] + [{}]) for p in self.cell(c, following)]
 
     def number(self, label):
         kind = label.split("-")[0]
@@ -71,12 +83,15 @@ class Page:
             return f"[$${m[1]}$$[({self.number(m[2])})]{{.eqno}}]{{#{m[2]} .eq}}"
         def caption(m):
             return f": Table {self.number(m[2])}: [{m[1]}]{{#{m[2]}}}"
+        def figure(m):
+            return f"![Figure {self.number(m[3])}: {m[1]}]({m[2]}){{#{m[3]}{m[4]}}}"
         for m in re.finditer(r"^#+ .*\{#(sec-[\w-]+)\}", md, re.M):
             self.number(m[1])
         md = re.sub(r"^: (.+?) *\{#(tbl-[\w-]+)\} *$", caption, md, flags=re.M)
+        md = re.sub(r"^!\[(.*)\]\((\S+)\)\{#(fig-[\w-]+)(.*)\}$", figure, md, flags=re.M)
         return re.sub(r"\$\$(.+?)\$\$\s*\{#(eq-[\w-]+)\}", equation, md, flags=re.S)
 
-    def cell(self, c):
+    def cell(self, c, following):
         src = text(c.get("source"))
         if c["cell_type"] == "markdown":
             yield self.markdown(src)
@@ -87,36 +102,50 @@ class Page:
             raise SystemExit(f"{self.stem}: cell options {sorted(unknown)} are not known here\n{src}")
         if code and opts.get("echo", True):
             block = fence(code, ".python")
-            if opts.get("code-fold") in (True, "true", "show"):
-                tag = "<details open>" if opts["code-fold"] == "show" else "<details>"
-                block = f"{tag}<summary>{opts.get('code-summary', 'Code')}</summary>\n\n{block}\n\n</details>"
+            if opts.get("code-fold") in (True, "true"):
+                block = f"<details><summary>{opts.get('code-summary', 'Code')}</summary>\n\n{block}\n\n</details>"
             yield block
         if opts.get("output", True):
             for o in c.get("outputs", []):
-                yield self.output(o, opts)
+                # Where the source follows, signature and docstring would be shown twice: keep the heading alone.
+                whole = not (code.startswith("show_doc(") and "Exported source" in text(following.get("source")))
+                yield self.output(o, opts) if whole else self.output(o, opts).split("\n```")[0]
 
     def output(self, o, opts):
         if o["output_type"] == "stream":
-            return fence(text(o["text"]).rstrip(), ".output")
+            return terminal(text(o["text"]))
         if o["output_type"] == "error":
             return fence(f"{o['ename']}: {o['evalue']}", ".output")
         data = o["data"]
-        if png := text(data.get("image/png")):
-            self.n += 1
-            d = self.out / f"{self.stem}_files"
-            d.mkdir(exist_ok=True)
-            (d / f"{self.n}.png").write_bytes(base64.b64decode(png))
-            cap, label = opts.get("fig-cap", ""), opts.get("label")
-            if label:
-                cap = f"Figure {self.number(label)}: {cap}"
-            alt = html.escape(opts.get("fig-alt", opts.get("fig-cap", "")))
-            ident = f"#{label}" if label else ""
-            return f'![{cap}]({d.name}/{self.n}.png){{{ident} alt="{alt}"}}'
+        for mime, suffix in (("image/svg+xml", "svg"), ("image/png", "png")):
+            if image := text(data.get(mime)):
+                return self.image(image.encode() if suffix == "svg" else base64.b64decode(image), suffix, opts)
         if md := text(data.get("text/markdown")):
-            return self.markdown(md)
+            return self.caption(opts) + self.markdown(md)
         if raw := text(data.get("text/html")):
-            return f"```{{=html}}\n{raw}\n```"
-        return fence(text(data["text/plain"]).rstrip(), ".output")
+            raw = re.sub(r"<style.*?</style>", "", raw, flags=re.S)
+            return self.caption(opts) + f"```{{=html}}\n{raw}\n```"
+        return terminal(text(data["text/plain"]))
+
+    def image(self, image, suffix, opts):
+        self.n += 1
+        d = self.out / f"{self.stem}_files"
+        d.mkdir(exist_ok=True)
+        (d / f"{self.n}.{suffix}").write_bytes(image)
+        cap, label = opts.get("fig-cap", ""), opts.get("label")
+        if label:
+            cap = f"Figure {self.number(label)}: {cap}"
+        alt = html.escape(opts.get("fig-alt", opts.get("fig-cap", "")))
+        ident = f"#{label}" if label else ""
+        return f'![{cap}]({d.name}/{self.n}.{suffix}){{{ident} alt="{alt}"}}'
+
+    def caption(self, opts):
+        "Of a table that is an output"
+        if "tbl-cap" not in opts:
+            return ""
+        label = opts.get("label")
+        number = f"Table {self.number(label)}: " if label else ""
+        return f"::: {{{'#' + label if label else ''} .caption}}\n{number}{opts['tbl-cap']}\n:::\n\n"
 
     def source(self, where):
         "Markdown of the whole page; `where` tells every label's page and number."
@@ -126,61 +155,130 @@ class Page:
                 raise SystemExit(f"{self.stem}: nothing is labelled {label!r}")
             href, n = where[label]
             return f"[{NAMES[label.split('-')[0]]} {n}]({'' if href == self.href else href}#{label})"
-        md = "\n\n".join(self.parts)
+        md = "\n\n".join(self.parts).replace("<!-- WARNING: THIS FILE WAS AUTOGENERATED! DO NOT EDIT! -->", "")
         for name, p in self.site.items():
             md = re.sub(rf"\]\((?:\./)?{re.escape(name)}(?=[)#])", f"]({p.href}", md)
         md = re.sub(r"(?<![\w`])@((?:fig|tbl|eq|sec)-[\w-]*\w)", ref, md)
         return md.replace(SITE + "/", "")
 
 
-def navigation(items, pages, here):
-    out = []
+def sidebar(items, pages):
+    "The sidebar of _quarto.yml with pages in place of names: (text, page or list)"
     for it in items:
         it = {"href": it} if isinstance(it, str) else it
         if "section" in it:
-            out.append(f"<li><span>{it['section']}</span>{navigation(it['contents'], pages, here)}</li>")
-            continue
-        if it["href"] not in pages:
+            yield it["section"], list(sidebar(it["contents"], pages))
+        elif it["href"] in pages:
+            p = pages[it["href"]]
+            yield it.get("text") or p.title, p
+        else:
             raise SystemExit(f"_quarto.yml: the sidebar names {it['href']}, which does not exist")
-        p = pages[it["href"]]
-        cls = ' class="here"' if p is here else ""
-        out.append(f'<li><a{cls} href="{p.href}">{html.escape(it.get("text") or p.meta["title"])}</a></li>')
+
+
+def navigation(items, here):
+    out = []
+    for label, it in items:
+        if isinstance(it, list):
+            out.append(f"<li><span>{html.escape(label)}</span>{navigation(it, here)}</li>")
+        else:
+            cls = ' class="here" aria-current="page"' if it is here else ""
+            number = "".join(f"<i>{n}</i>" for n in re.findall(r"^\d+", it.stem))
+            out.append(f'<li><a{cls} href="{it.href}">{number}{html.escape(label)}</a></li>')
     return "<ul>" + "".join(out) + "</ul>"
 
 
-def readme(page, pages):
+def flat(items):
+    for _, it in items:
+        yield from flat(it) if isinstance(it, list) else [it]
+
+
+def neighbours(order, here):
+    "Links to the pages before and after this one"
+    i, out = order.index(here), []
+    for j, rel in ((i - 1, "prev"), (i + 1, "next")):
+        if 0 <= j < len(order):
+            arrow = "← {}" if rel == "prev" else "{} →"
+            out.append(f'<a rel="{rel}" href="{order[j].href}">{arrow.format(html.escape(order[j].title))}</a>')
+    return "".join(out)
+
+
+class Scan(HTMLParser):
+    "Names and links of a page"
+    def __init__(self, source):
+        super().__init__()
+        self.ids, self.links = set(), []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids |= {a["id"]} if "id" in a else set()
+        self.links += [a[k] for k in ("href", "src") if k in a]
+
+
+def broken_links(out):
+    "Every link within the site that leads nowhere"
+    pages = {p.name: Scan(p.read_text(encoding="utf-8")) for p in out.glob("*.html")}
+    for name, page in pages.items():
+        for link in page.links:
+            u = urlsplit(link)
+            target = unquote(u.path) or name
+            if not u.scheme and not u.netloc and (
+                    not (out / target).exists() or u.fragment and unquote(u.fragment) not in pages[target].ids):
+                yield f"{name} links to {link}, which is not there"
+
+
+def readme(page, pages, where):
     "README.md at the top level, from the index notebook: links go to the notebooks, equations keep no number."
-    md = "\n\n".join(page.parts).replace("<!-- WARNING: THIS FILE WAS AUTOGENERATED! DO NOT EDIT! -->", "")
-    md = re.sub(r"\[(\$\$.+?\$\$)\[\(\d+\)\]\{\.eqno\}\]\{#[\w-]+ \.eq\}", r"\1", md, flags=re.S)
+    if page.n:
+        raise SystemExit("index: README.md cannot show a picture that is an output; store it in nbs/images")
+    md = re.sub(r"\[(\$\$.+?\$\$)\[\(\d+\)\]\{\.eqno\}\]\{#[\w-]+ \.eq\}", r"\1", page.source(where), flags=re.S)
+    md = re.sub(r"\[((?:Figure|Table|Equation|Section) \d+)\]\(#[\w-]+\)", r"\1", md)
+    md = re.sub(r'::: \{\.callout-\w+ title="(.*?)"\}\n(.*?)\n:::', lambda m: "> **" + m[1] + "**\n>\n" + re.sub(
+        r"^", "> ", m[2].strip("\n"), flags=re.M), md, flags=re.S)
+    md = re.sub(r"\]\(images/", "](nbs/images/", md)
     for name, p in pages.items():
-        md = re.sub(rf"\({re.escape(SITE)}/{re.escape(p.href)}(#[^)]*)?\)|\({re.escape(name)}(#[^)]*)?\)", f"(nbs/{name})", md)
-    md = pypandoc.convert_text(md, "gfm-tex_math_gfm+tex_math_dollars", format="markdown-smart", extra_args=["--wrap=preserve"])
-    head = f"<!-- Made from nbs/index.ipynb by tools/build_site.py: edit the notebook. -->\n# {page.meta['title']}\n\n"
+        md = re.sub(rf"\]\({re.escape(p.href)}(#[^)]*)?\)", f"](nbs/{name})", md)
+    md = pypandoc.convert_text(md, "gfm-tex_math_gfm+tex_math_dollars", format="markdown-smart-implicit_figures",
+                               extra_args=["--wrap=preserve"])
+    head = f"<!-- Made from nbs/index.ipynb by tools/build_site.py: edit the notebook. -->\n# {page.title}\n\n"
     (ROOT / "README.md").write_text(f"{head}> {page.meta['description']}\n\n{md}", encoding="utf-8")
+
+
+def render(page, pages, where, side, args):
+    order = list(flat(side))
+    if page not in order:
+        raise SystemExit(f"_quarto.yml: the sidebar does not name {page.stem}.ipynb")
+    meta = {"title": page.title, "description": page.meta.get("description", ""),
+            "pagetitle": CFG.title if page.stem == "index" else f"{page.title} – {CFG.title}"}
+    variables = {"site": CFG.title, "nav": navigation(side, page), "neighbours": neighbours(order, page)}
+    args = args + [f"--metadata={k}:{v}" for k, v in meta.items()]
+    args += [f"--variable={k}:{v}" for k, v in variables.items()]
+    body = pypandoc.convert_text(page.source(where), "html", format="markdown", extra_args=args)
+    body = re.sub(r"<colgroup>.*?</colgroup>", "", body, flags=re.S)  # columns as wide as what they hold
+    body = re.sub(r"<table.*?</table>", r'<div class="wide">\g<0></div>', body, flags=re.S)
+    (page.out / page.href).write_text(body, encoding="utf-8")
 
 
 def main(out):
     quarto = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
-    sidebar = quarto["website"]["sidebar"]["contents"]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     cache = proc_nbs(force=True)
     pages = {p.name: Page(p, out) for p in sorted(cache.glob("*.ipynb"))}
-    where = {}
     Page.site = pages
-    for p in pages.values():
-        for label, n in p.refs.items():
-            where[label] = p.href, n
+    where = {label: (p.href, n) for p in pages.values() for label, n in p.refs.items()}
+    side = list(sidebar(quarto["website"]["sidebar"]["contents"], pages))
     args = PANDOC + [f"--template={ROOT / 'tools/page.html'}"]
     if bib := quarto.get("bibliography"):
         args += ["--citeproc", f"--bibliography={CFG.nbs_path / bib}"]
-    for p in pages.values():
-        meta = [f"--metadata=title:{p.meta['title']}", f"--metadata=description:{p.meta.get('description', '')}",
-                f"--variable=site:{CFG.title}", f"--variable=nav:{navigation(sidebar, pages, p)}"]
-        pypandoc.convert_text(p.source(where), "html", format="markdown-smart", extra_args=args + meta,
-                              outputfile=str(out / p.href))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda p: render(p, pages, where, side, args), pages.values()))
     shutil.copy(ROOT / "tools/site.css", out)
-    readme(pages["index.ipynb"], pages)
+    if (CFG.nbs_path / "images").exists():
+        shutil.copytree(CFG.nbs_path / "images", out / "images")
+    readme(pages["index.ipynb"], pages, where)
+    if broken := list(broken_links(out)):
+        raise SystemExit("\n".join(broken))
     print(f"{len(pages)} pages in {out}")
 
 
