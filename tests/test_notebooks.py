@@ -11,12 +11,25 @@ from pathlib import Path
 
 import nbdev.test
 import pytest
+import torch
 from chapters import NOTEBOOKS, ROOT, cells, module
 from nbdev.clean import clean_nb
 
 CHECKS = re.compile(r"\bassert|\btest_\w+\(|\bcheck_\w+\(|\bexpect_fail\(|\bshow_doc\(")
 PLACES = re.compile(r"(?<![\w/.])(?:/home/|/root/|/tmp/|/work/|/Users/|/var/folders/|[A-Z]:\\)[^\s'\"]*|ipykernel_\d+")
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+@pytest.fixture(autouse=True)
+def as_new():
+    "What notebooks in one process could hand to each other"
+    yield
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    if plt := sys.modules.get("matplotlib.pyplot"):
+        plt.close("all")
+        plt.rcdefaults()
 
 
 @by_name

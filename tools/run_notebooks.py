@@ -32,8 +32,9 @@ class Client(NotebookClient):
 def run(path, skip, timeout):
     nb = nbformat.read(path, as_version=4)
     before = nbformat.writes(nb)
-    client = Client(nb, timeout=timeout, kernel_name="python3", record_timing=False,
-                    resources={"metadata": {"path": str(path.parent)}})
+    client = Client(nb, timeout=timeout, kernel_name="python3", record_timing=False, shutdown_kernel="immediate",
+                    resources={"metadata": {"path": str(path.parent)}},
+                    extra_arguments=["--log-level=CRITICAL"])  # the kernel's own messages, not those of the cells
     client.skip = skip
     client.execute()
     clean_nb(nb)
