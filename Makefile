@@ -54,7 +54,7 @@ endif
 
 $(VENV)/.torch: | $(VENV)/.python
 	@if [ "$$(cat $@ 2> /dev/null)" != '$(TORCH)' ]; then \
-	  echo 'Installing $(TORCH) into $(VENV), once; it is large.'; \
+	  echo 'Installing $(TORCH) into $(VENV), once; it is large. (Another build: make help)'; \
 	  if [ -e $@ ]; then $(PIP) uninstall --quiet --yes torch; fi; \
 	  $(PIP) install --quiet $(TORCH) && echo '$(TORCH)' > $@; \
 	fi
