@@ -65,13 +65,18 @@ def test_outputs(path):
 
 @by_name
 def test_cells_teach(path):
-    "A shown cell has a stored output or an assertion; imports and exported definitions need neither"
-    for c in cells(path):
-        if c.kind != "code" or c.hidden or c.exported or not c.code.strip():
-            continue
-        if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in c.tree):
-            continue
-        assert c.outputs or CHECKS.search(c.code), f"{c.name} shows nothing and asserts nothing:\n{c.code}"
+    "A shown cell has a stored output or an assertion, be it in a helper; imports and exported cells need neither"
+    code = [c for c in cells(path) if c.kind == "code"]
+    functions = [n for c in code for n in c.tree if isinstance(n, ast.FunctionDef)]
+    helpers = {f.name for f in functions if CHECKS.search(ast.unparse(f))}
+    silent = []
+    for c in code:
+        calls = [n.func for n in ast.walk(ast.Module(c.tree, [])) if isinstance(n, ast.Call)]
+        called = {f.id for f in calls if isinstance(f, ast.Name)}
+        imports_only = all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in c.tree)
+        if not (c.hidden or c.exported or imports_only or c.outputs or CHECKS.search(c.code) or called & helpers):
+            silent.append(f"{c.name} shows nothing and asserts nothing:\n{c.code}")
+    assert not silent, "\n".join(silent)
 
 
 @by_name
