@@ -236,6 +236,7 @@ def readme(page, pages, where):
     md = re.sub(r'::: \{\.callout-\w+ title="(.*?)"\}\n(.*?)\n:::', lambda m: "> **" + m[1] + "**\n>\n" + re.sub(
         r"^", "> ", m[2].strip("\n"), flags=re.M), md, flags=re.S)
     md = re.sub(r"\]\(images/", "](nbs/images/", md)
+    md = re.sub(r"^!\[((Figure \d+): .*)\]\((\S+)\)\{#[^}]*\}$", r"![\2](\3)\n\n*\1*", md, flags=re.M)
     for name, p in pages.items():
         md = re.sub(rf"\]\({re.escape(p.href)}(#[^)]*)?\)", f"](nbs/{name})", md)
     md = pypandoc.convert_text(md, "gfm-tex_math_gfm+tex_math_dollars", format="markdown-smart-implicit_figures",
