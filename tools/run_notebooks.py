@@ -7,6 +7,7 @@
 Cells marked `#| eval: false`, or with a flag of settings.ini's tst_flags, keep the outputs they have.
 """
 import argparse
+import os
 import re
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from nbclient import NotebookClient
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks of a few thousand weights are slower on more
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)$", re.M)
 
 
