@@ -122,14 +122,15 @@ def toys(
             f=lambda x, xi: ((x - x.new_tensor([2., 0, 0, 0, 0])) ** 2).sum() / 2 + sigma * (xi * x).sum(),
             c=lambda x, zeta: (1 + sigma * zeta) * (x ** 2).sum() - 1))}
 
-# %% ../nbs/00_problem.ipynb #4a9643cb
+# %% ../nbs/00_problem.ipynb #96175337
 def noisy_toy(
-    sigma: float = 1.  # Standard deviation of the factor that multiplies x in the constraint
+    sigma: float = 1.,  # Standard deviation of the factor that multiplies x in the constraint
+    copies: int = 1     # Independent copies side by side, one constraint each, to see a spread in one run
 ) -> Toy:
     "Minimise (x - 2)²/2 subject to E[(1 + sigma zeta) x] <= 1: x* = 1, y* = 1, and a sample that is used twice is punished"
-    t = lambda v: torch.tensor(v, dtype=torch.float64)
-    return Toy("noisy", t([0.]), x_star=t([1.]), y_star=t([1.]), equality=torch.tensor([False]),
-               f=lambda x, xi: (x[0] - 2) ** 2 / 2, c=lambda x, zeta: (1 + sigma * zeta) * x - 1)
+    one = torch.ones(copies, dtype=torch.float64)
+    return Toy("noisy", 0 * one, x_star=one, y_star=one, equality=one < 0,
+               f=lambda x, xi: ((x - 2) ** 2).sum() / 2, c=lambda x, zeta: (1 + sigma * zeta) * x - 1)
 
 # %% ../nbs/00_problem.ipynb #87c0536b
 def toy_kkt(
