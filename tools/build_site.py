@@ -249,12 +249,14 @@ def render(page, pages, where, side, args):
     order = list(flat(side))
     if page not in order:
         raise SystemExit(f"_quarto.yml: the sidebar does not name {page.stem}.ipynb")
-    meta = {"title": page.title, "description": page.meta.get("description", ""),
+    description = page.meta.get("description", "")
+    meta = {"title": page.title, "description": description.replace("$", ""),
             "pagetitle": CFG.title if page.stem == "index" else f"{page.title} – {CFG.title}"}
     variables = {"site": CFG.title, "nav": navigation(side, page), "neighbours": neighbours(order, page)}
     args = args + [f"--metadata={k}:{v}" for k, v in meta.items()]
     args += [f"--variable={k}:{v}" for k, v in variables.items()]
-    body = pypandoc.convert_text(page.source(where), "html", format="markdown", extra_args=args)
+    md = f"::: description\n{description}\n:::\n\n{page.source(where)}"
+    body = pypandoc.convert_text(md, "html", format="markdown", extra_args=args)
     body = re.sub(r"<colgroup>.*?</colgroup>", "", body, flags=re.S)  # columns as wide as what they hold
     body = re.sub(r"<table.*?</table>", r'<div class="wide">\g<0></div>', body, flags=re.S)
     (page.out / page.href).write_text(body, encoding="utf-8")
