@@ -245,11 +245,12 @@ class _Smooth:
             torch._foreach_lerp_(z, x, g["beta"] if ok is None else [(g["beta"] * ok).to(zi) for zi in z])
         return force, lambda: [follow(*args) for args in late.values()]
 
-# %% ../nbs/04_optimizer.ipynb #2f572001
+# %% ../nbs/04_optimizer.ipynb #931cf967
 class ConstrainedOptimizer(_Values, _Finite, _State, _Groups, _Smooth, torch.optim.Optimizer):
     "Base of every algorithm: torch optimizers for the weights, and vectors of shape (m,) for the constraints"
     saved: tuple[str, ...] = ()           # attributes that a state dict carries
     knobs: tuple[str, ...] = ()           # attributes that its repr shows; `saved` if there are none
+    lazy: bool = False                    # whether it calls only one of f and c1 a step, and never needs c2
     claims: frozenset[str] = frozenset()  # of "equality", "multipliers", "optimizer": what the battery may try
     def __init__(self,
         params: Iterable | torch.optim.Optimizer,  # Parameters, parameter groups or a torch optimizer

@@ -99,11 +99,11 @@ class _RandomIterate:
             p.copy_(self.state[p]["kept"])
         return self.kept
 
-# %% ../nbs/06_switching.ipynb #5b2c1a4c
+# %% ../nbs/06_switching.ipynb #0b9c7898
 class SwitchingSubgradient(_Branches, _RandomIterate, ConstrainedOptimizer):
     "Stochastic switching subgradient method, Huang and Lin (NeurIPS 2023), as run in arXiv 2509.21254"
     saved, knobs = ("k", "eps", "tol", "schedule", "total", "kept"), ("constraint_lr", "tol", "schedule", "output")
-    claims = frozenset({"optimizer"})
+    claims, lazy = frozenset({"optimizer"}), True
     def __init__(self,
         params: Iterable | torch.optim.Optimizer,  # Parameters, parameter groups, or a torch optimizer for the objective's branch; x
         m: int,                                    # Number of constraints
