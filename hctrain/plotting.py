@@ -136,15 +136,21 @@ def direct_labels(
                                color=_ink(color), size=size, va="center", annotation_clip=False, arrowprops=line))
     return out
 
-# %% ../nbs/22_plotting.ipynb #ec910085
+# %% ../nbs/22_plotting.ipynb #c18be823
 class Picture(Figure):
     "A figure without pyplot, which shows itself in a notebook"
+    def __init__(self,
+        width: float,   # Width in inches
+        height: float,  # Height in inches
+    ):
+        super().__init__(figsize=(width, height))
+
     def _repr_png_(self):
         data = BytesIO()
         self.savefig(data, format="png", bbox_inches="tight")
         return data.getvalue()
 
-
+# %% ../nbs/22_plotting.ipynb #882cfe6e
 def _inches(labels, size=8):
     "Width of the widest label, and a little more: at a low resolution letters are rounded to pixels"
     return 1.04 * max((TextPath((0, 0), s, size=size).get_extents().width for s in labels if s.strip()), default=0) / 72
@@ -194,13 +200,13 @@ def _named_lines(ax, grid, lines, names, bound, floor, name_bound):
             labels, ends, colors = [*labels, f"bound {bound:g}"], [*ends, bound], [*colors, "k"]
     direct_labels(ax, labels, ends, colors, x=grid[-1])
 
-# %% ../nbs/22_plotting.ipynb #69835c20
+# %% ../nbs/22_plotting.ipynb #1d206fa1
 def _draw_rows(data, names, bound, floor, limits, fig):
     "The panels of `plot_runs`: sizes in inches, rows from the top"
     width, height, left = 2.1, max(1.45, .155 * (len(names) + 1)), .75
     text = _inches([*names, f"bound {bound:g}"]) + .25
     starts = (left, left + width + 1.05, left + 2 * width + 1.2 + text)
-    fig = Picture(figsize=(starts[2] + width + text, .8 + (height + .2) * len(data))) if fig is None else fig
+    fig = Picture(starts[2] + width + text, .8 + (height + .2) * len(data)) if fig is None else fig
     for row, (algorithm, (grid, curves)) in enumerate(data.items()):
         for column, (title, keys) in enumerate(_COLUMNS):
             ax = _panel(fig, starts[column], .5 + (height + .2) * (len(data) - 1 - row), width, height)
@@ -250,7 +256,7 @@ def _one_line_each(ax, grids, curves, bound):
         labels, ends, styles = [*labels, f"bound {bound:g}"], [*ends, bound], [*styles, {"color": "k"}]
     direct_labels(ax, labels, ends, [s["color"] for s in styles], size=9)
 
-# %% ../nbs/22_plotting.ipynb #b8517c72
+# %% ../nbs/22_plotting.ipynb #7c39326d
 def plot_summary(
     runs: Mapping[str, Sequence[Mapping]],  # Algorithm -> runs
     bound: float = 0.05,                    # Drawn dashed
@@ -262,7 +268,7 @@ def plot_summary(
     if split not in ("train", "test"):
         raise ValueError(f'expected split "train" or "test", got {split!r}: choose one')
     runs = {a: [r | {"gap": np.abs(r[f"{split}_gaps"]).max(1)} for r in seeds] for a, seeds in _checked(runs).items()}
-    fig = Picture(figsize=(5.65 + _inches([*runs, f"bound {bound:g}"], 9), 4.4)) if fig is None else fig
+    fig = Picture(5.65 + _inches([*runs, f"bound {bound:g}"], 9), 4.4) if fig is None else fig
     grids = {a: common_grid(r) for a, r in runs.items()}
     panels = (f"{split}_loss", 2.55, f"Loss on {split}"), ("gap", .5, f"Largest gap of a group on {split}")
     for key, bottom, title in panels:
