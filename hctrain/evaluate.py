@@ -51,9 +51,9 @@ def chunks(
         for i in range(0, len(batch.y), size):
             yield Batch(batch.x[i:i + size], batch.y[i:i + size], batch.g[i:i + size])
 
-# %% ../nbs/20_evaluate.ipynb #7baf630f
+# %% ../nbs/20_evaluate.ipynb #c9a27994
 def row_terms(
-    statistic: Callable[..., Rates],  # `positive_rate`, or any function of the same form
+    statistic: Callable[..., Rates],  # positive_rate, or any function of the same form
     z: Tensor,                        # Logits, shape (n,)
     y: Tensor,                        # Labels, shape (n,)
     hard: bool,                       # Decisions in place of scores
@@ -65,7 +65,7 @@ def row_terms(
 
 
 def moments(
-    statistic: Callable[..., Rates],  # `positive_rate`, or any function of the same form
+    statistic: Callable[..., Rates],  # positive_rate, or any function of the same form
     z: Tensor,                        # Logits, shape (n,)
     y: Tensor,                        # Labels, shape (n,)
     g: Tensor,                        # Group codes, shape (n,)
@@ -109,7 +109,7 @@ class GroupRates:
         "The largest gap of a group that has rows; NaN if a rate is"
         return self.gaps[self.counts > 0].max().item() if (self.counts > 0).any() else math.nan
 
-# %% ../nbs/20_evaluate.ipynb #ff182a3f
+# %% ../nbs/20_evaluate.ipynb #084cc2d9
 def wilson(
     k: Tensor,                    # Successes
     n: Tensor,                    # Trials
@@ -121,7 +121,7 @@ def wilson(
 
 
 def rates_with_intervals(
-    sums: Tensor,        # The five sums of `moments`, shape (5, G)
+    sums: Tensor,        # The five sums of moments, shape (5, G)
     level: float = 0.95,  # Confidence level of each interval
 ) -> GroupRates:
     "Rates, gaps and intervals from five sums a group, Eqs. (1) to (3)"

@@ -43,9 +43,9 @@ def _checked(runs):
         raise ValueError(f"expected the same number of gaps in every run, got {sorted(widths)}: draw them apart")
     return out
 
-# %% ../nbs/22_plotting.ipynb #1d6d96fa
+# %% ../nbs/22_plotting.ipynb #78e0bc02
 def common_grid(
-    runs: Sequence[Mapping],  # Runs of one algorithm, with `seconds` each
+    runs: Sequence[Mapping],  # Runs of one algorithm, with seconds each
     n: int = 200,             # Number of points
 ) -> np.ndarray:              # Times, shape (n,)
     "Times that every run covers: from the latest start to the earliest end"
@@ -69,14 +69,14 @@ def bands(
         return lines.reshape(len(grid), *run[key].shape[1:])
     return np.quantile(np.stack([at(r) for r in runs]), [band[0], .5, band[1]], axis=0)
 
-# %% ../nbs/22_plotting.ipynb #e2429a7b
+# %% ../nbs/22_plotting.ipynb #c65330a9
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1.5, 1.5)))
 
 
 def line_style(
     i: int,        # Which line, 0, 1, ...
-) -> dict:         # Arguments for `plot`
+) -> dict:         # Arguments for plot
     "Colour and dash of line i: seven colours, then the same seven dashed"
     return {"color": OKABE_ITO[i % len(OKABE_ITO)], "linestyle": _DASHES[i // len(OKABE_ITO) % len(_DASHES)]}
 

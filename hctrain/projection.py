@@ -38,10 +38,10 @@ def _positive(name, value):
     if not 0 < value < math.inf:
         raise ValueError(f"expected {name} > 0 and finite, got {value}: choose a positive number")
 
-# %% ../nbs/03_projection.ipynb #96e9d0b3
+# %% ../nbs/03_projection.ipynb #b794bed3
 @dataclass(frozen=True)
 class Box:
-    "Every entry between two numbers: project a list of tensors on {x: low <= x_i <= high}, in place"
+    "Every entry between two numbers: project a list of tensors on a box, in place"
     low: float | None = None   # Smallest value an entry may take; None is no limit
     high: float | None = None  # Largest value an entry may take; None is no limit
 
@@ -71,10 +71,10 @@ def _share(values, xs):
     "One value a tensor: a value of the whole list is repeated"
     return values * (len(xs) // len(values))
 
-# %% ../nbs/03_projection.ipynb #689fa4f3
+# %% ../nbs/03_projection.ipynb #dd069f77
 @dataclass(frozen=True)
 class Ball:
-    "Euclidean norm at most `radius`: project a list of tensors on {x: |x|_2 <= radius}, in place"
+    "Euclidean norm at most `radius`: project a list of tensors on a ball, in place"
     radius: float           # Largest norm
     dim: int | None = None  # None: all tensors are one vector; else each slice along dim is one
 
@@ -98,10 +98,10 @@ def _levels(xs, total, dim):
         levels.append(((sums - total) / k).amax(-1, keepdim=True).movedim(-1, d))
     return levels
 
-# %% ../nbs/03_projection.ipynb #2839cca8
+# %% ../nbs/03_projection.ipynb #d3512f5e
 @dataclass(frozen=True)
 class Simplex:
-    "Non-negative entries with a fixed sum: project a list of tensors on {x: x_i >= 0, sum x = total}, in place"
+    "Non-negative entries with a fixed sum: project a list of tensors on a simplex, in place"
     total: float = 1.       # The sum
     dim: int | None = None  # None: all tensors are one vector; else each slice along dim is one
 
@@ -115,10 +115,10 @@ class Simplex:
         torch._foreach_clamp_min_(xs, 0)
         return xs
 
-# %% ../nbs/03_projection.ipynb #8d9d3e58
+# %% ../nbs/03_projection.ipynb #eed038f3
 @dataclass(frozen=True)
 class L1Ball:
-    "Sum of absolute values at most `radius`: project a list of tensors on {x: |x|_1 <= radius}, in place"
+    "Sum of absolute values at most `radius`: project a list of tensors on an L1 ball, in place"
     radius: float           # Largest sum of absolute values
     dim: int | None = None  # None: all tensors are one vector; else each slice along dim is one
 
@@ -133,10 +133,10 @@ class L1Ball:
             x.sub_(x.clamp(-t, t))
         return xs
 
-# %% ../nbs/03_projection.ipynb #9becd220
+# %% ../nbs/03_projection.ipynb #9cf37fa6
 @dataclass(frozen=True)
 class SoftThreshold:
-    "Proximal map of threshold * |x|_1: shrink each entry of a list of tensors towards 0 by `threshold`, in place"
+    "Proximal map of the L1 norm: shrink each entry of a list of tensors towards 0 by `threshold`, in place"
     threshold: float  # Learning rate times weight of the L1 penalty
 
     def __post_init__(self):
@@ -149,10 +149,10 @@ class SoftThreshold:
             x.sub_(x.clamp(-self.threshold, self.threshold))
         return xs
 
-# %% ../nbs/03_projection.ipynb #83b5393a
+# %% ../nbs/03_projection.ipynb #2c4794c5
 @dataclass(frozen=True)
 class GroupSoftThreshold:
-    "Proximal map of threshold * sum of norms: shorten each slice of a list of tensors by `threshold`, in place"
+    "Proximal map of the sum of norms: shorten each slice of a list of tensors by `threshold`, in place"
     threshold: float        # Learning rate times weight of the penalty
     dim: int | None = None  # None: all tensors are one vector; else each slice along dim is one
 
@@ -225,12 +225,12 @@ class Intersection:
         torch._foreach_copy_(xs, x)
         return xs
 
-# %% ../nbs/03_projection.ipynb #be243360
+# %% ../nbs/03_projection.ipynb #f980ce1c
 def project_after(
     optimizer: torch.optim.Optimizer,         # Any torch optimizer
     project: Callable,                        # A set, or any function that changes a list of tensors in place
     params: Iterable[Tensor] | None = None,   # The tensors to project; None is all that the optimizer has by then
-):                                            # A handle: its `remove()` ends the projection
+):                                            # A handle: its remove() ends the projection
     "Project the parameters after each `optimizer.step()`: projected SGD, projected Adam, proximal gradient"
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}: pass the optimizer that steps")
