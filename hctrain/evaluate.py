@@ -22,7 +22,7 @@ from .sampling import Batch
 __all__ = ['evaluating', 'chunks', 'row_terms', 'moments', 'GroupRates', 'wilson', 'rates_with_intervals', 'Evaluation',
            'verdicts', 'evaluate', 'report', 'choose', 'full_gradients', 'kkt']
 
-# %% ../nbs/20_evaluate.ipynb #2fb7036d
+# %% ../nbs/20_evaluate.ipynb #2735e5fb
 @contextmanager
 def evaluating(
     model: Callable,  # A network, or any function of the features
@@ -39,7 +39,7 @@ def evaluating(
             for module, mode in modes.items():
                 module.training = mode
 
-# %% ../nbs/20_evaluate.ipynb #be0176b6
+# %% ../nbs/20_evaluate.ipynb #88cae0c4
 def chunks(
     data: Batch | Iterable[Batch],  # All rows, or batches of them
     size: int = 8192,               # Largest number of rows at a time
@@ -51,7 +51,7 @@ def chunks(
         for i in range(0, len(batch.y), size):
             yield Batch(batch.x[i:i + size], batch.y[i:i + size], batch.g[i:i + size])
 
-# %% ../nbs/20_evaluate.ipynb #c9a27994
+# %% ../nbs/20_evaluate.ipynb #5a2b063e
 def row_terms(
     statistic: Callable[..., Rates],  # positive_rate, or any function of the same form
     z: Tensor,                        # Logits, shape (n,)
@@ -81,7 +81,7 @@ def moments(
                          f"{sums[0].tolist()} row by row: intervals need sums")
     return torch.cat([rates, sums[2:]])
 
-# %% ../nbs/20_evaluate.ipynb #a0a5d4eb
+# %% ../nbs/20_evaluate.ipynb #e0e0ed53
 @dataclass(frozen=True, eq=False)
 class GroupRates:
     "Rates and gaps of one statistic, each with an interval; tensors of shape (G,), NaN where a group has no rows"
@@ -109,7 +109,7 @@ class GroupRates:
         "The largest gap of a group that has rows; NaN if a rate is"
         return self.gaps[self.counts > 0].max().item() if (self.counts > 0).any() else math.nan
 
-# %% ../nbs/20_evaluate.ipynb #084cc2d9
+# %% ../nbs/20_evaluate.ipynb #6c5e46cb
 def wilson(
     k: Tensor,                    # Successes
     n: Tensor,                    # Trials
@@ -138,7 +138,7 @@ def rates_with_intervals(
                       errors=t * ((own - 2 * both + whole) * small).clamp(min=0).sqrt(),
                       overall=all_r.item(), overall_error=q * whole.sqrt().item())
 
-# %% ../nbs/20_evaluate.ipynb #8f62d689
+# %% ../nbs/20_evaluate.ipynb #5896e709
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     "What a model does on one data set, by group"
@@ -181,7 +181,7 @@ class Evaluation:
         numbers = ", ".join(f"{k}={v:.4f}" for k, v in self.summary().items())
         return f"Evaluation({numbers}, bound={self.bound:g}, rows={[int(n) for n in self.counts]})"
 
-# %% ../nbs/20_evaluate.ipynb #eddc2093
+# %% ../nbs/20_evaluate.ipynb #6cebe0b2
 def verdicts(
     rates: GroupRates,  # Rates with intervals
     bound: float,       # Largest gap that is wanted
@@ -190,7 +190,7 @@ def verdicts(
     low, high = rates.gap_interval
     return ["within" if h <= bound else "outside" if a > bound else "open" for a, h in zip(low.tolist(), high.tolist())]
 
-# %% ../nbs/20_evaluate.ipynb #c485c7c0
+# %% ../nbs/20_evaluate.ipynb #806648ec
 def evaluate(
     model: Callable,                                  # A network: features -> logits
     data: Batch | Iterable[Batch],                    # All rows, or batches of them
@@ -225,7 +225,7 @@ def _tally(model, batch, statistic, n_groups):
     return (*(moments(statistic, z, y, g, n_groups, hard) for hard in (False, True)),
             loss_rate(z, g, y, n_groups), accuracy(z, g, y, n_groups, hard=True))
 
-# %% ../nbs/20_evaluate.ipynb #2cb58047
+# %% ../nbs/20_evaluate.ipynb #4a7fa6e1
 def _pandas():
     "pandas, or an error that says how to get it"
     try:
@@ -244,7 +244,7 @@ def _columns(r, bound):
             **{f"gap {end}": [*v.tolist(), none] for end, v in zip(("low", "high"), r.gap_interval)},
             "verdict": [*verdicts(r, bound), ""]}
 
-# %% ../nbs/20_evaluate.ipynb #dd450a78
+# %% ../nbs/20_evaluate.ipynb #c48ecb7a
 def _frame(ev, group_names):
     "One row a group and one for all: rows, loss, accuracy, and rates, gaps, intervals and verdicts, soft and hard"
     pd, n = _pandas(), len(ev.counts)
@@ -257,7 +257,7 @@ def _frame(ev, group_names):
     columns = {(part, name): values for part, named in parts.items() for name, values in named.items()}
     return pd.DataFrame(columns, index=pd.Index([*names, "overall"], name="group"))
 
-# %% ../nbs/20_evaluate.ipynb #d49950cd
+# %% ../nbs/20_evaluate.ipynb #8f9d39ff
 def report(
     model: Callable,                           # A network: features -> logits
     group_names: Sequence[str] | None = None,  # One a group; None numbers them
@@ -273,7 +273,7 @@ def report(
     tables = {k: evaluate(model, d, statistic, n, bound).to_frame(group_names) for k, d in data.items()}
     return pd.concat(tables, names=["data"])
 
-# %% ../nbs/20_evaluate.ipynb #7425c06c
+# %% ../nbs/20_evaluate.ipynb #43a5cfd9
 def choose(
     evaluations: Sequence[Evaluation],  # Candidates on the same data
     hard: bool = False,                 # Gaps of decisions in place of scores
@@ -289,7 +289,7 @@ def choose(
         return (0, ev.loss) if gap <= ev.bound else (1, gap)
     return min(range(len(evaluations)), key=rank)
 
-# %% ../nbs/20_evaluate.ipynb #1c953af2
+# %% ../nbs/20_evaluate.ipynb #f51d1024
 def full_gradients(
     model: nn.Module,    # A network: features -> logits
     loss: Callable,      # loss(out, batch) -> scalar
@@ -317,7 +317,7 @@ def _derivatives(head, inputs):
     "Gradients of a scalar; zeros where it does not depend on an input"
     return torch.autograd.grad(head, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
 
-# %% ../nbs/20_evaluate.ipynb #4e4c54be
+# %% ../nbs/20_evaluate.ipynb #5f02d66f
 def _for_all_rows(name, function, g):
     "Refuse a loss or constraint with weights that are made for other batches"
     w = getattr(function, "weights", None)
@@ -340,7 +340,7 @@ def _unchanged(function):
         if state is not None:
             function.load_state_dict(state)
 
-# %% ../nbs/20_evaluate.ipynb #3f6e2461
+# %% ../nbs/20_evaluate.ipynb #d7d9ebad
 def kkt(
     model: nn.Module,                # A network: features -> logits
     loss: Callable,                  # loss(out, batch) -> scalar

@@ -17,7 +17,7 @@ from matplotlib.textpath import TextPath
 __all__ = ['KEYS', 'OKABE_ITO', 'common_grid', 'bands', 'line_style', 'spread', 'direct_labels', 'Picture', 'plot_runs',
            'plot_summary']
 
-# %% ../nbs/22_plotting.ipynb #c8e39c7e
+# %% ../nbs/22_plotting.ipynb #f27f0fef
 KEYS = ("seconds", "train_loss", "test_loss", "train_gaps", "test_gaps")
 
 
@@ -43,7 +43,7 @@ def _checked(runs):
         raise ValueError(f"expected the same number of gaps in every run, got {sorted(widths)}: draw them apart")
     return out
 
-# %% ../nbs/22_plotting.ipynb #78e0bc02
+# %% ../nbs/22_plotting.ipynb #7c9bca1b
 def common_grid(
     runs: Sequence[Mapping],  # Runs of one algorithm, with seconds each
     n: int = 200,             # Number of points
@@ -69,7 +69,7 @@ def bands(
         return lines.reshape(len(grid), *run[key].shape[1:])
     return np.quantile(np.stack([at(r) for r in runs]), [band[0], .5, band[1]], axis=0)
 
-# %% ../nbs/22_plotting.ipynb #c65330a9
+# %% ../nbs/22_plotting.ipynb #aadba169
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1.5, 1.5)))
 
@@ -80,7 +80,7 @@ def line_style(
     "Colour and dash of line i: seven colours, then the same seven dashed"
     return {"color": OKABE_ITO[i % len(OKABE_ITO)], "linestyle": _DASHES[i // len(OKABE_ITO) % len(_DASHES)]}
 
-# %% ../nbs/22_plotting.ipynb #b84ccd80
+# %% ../nbs/22_plotting.ipynb #c58eb26e
 def spread(
     positions: Sequence[float],  # Where the labels should be, in any order
     gap: float,                  # Least distance of two labels
@@ -103,7 +103,7 @@ def spread(
     out[order] = np.clip(v, low, high - gap * max(len(p) - 1, 0)) + gap * steps
     return out
 
-# %% ../nbs/22_plotting.ipynb #e2c5825e
+# %% ../nbs/22_plotting.ipynb #1963db74
 def _ink(
     color,    # Any matplotlib colour
 ) -> tuple:   # Red, green, blue
@@ -113,7 +113,7 @@ def _ink(
     linear *= min(1, .18 / max(linear @ (.2126, .7152, .0722), 1e-9))  # (1 + .05) / (.18 + .05) > 4.5
     return tuple(np.where(linear <= .0031308, 12.92 * linear, 1.055 * linear**(1 / 2.4) - .055).tolist())
 
-# %% ../nbs/22_plotting.ipynb #17b3caea
+# %% ../nbs/22_plotting.ipynb #83c776af
 def direct_labels(
     ax,                        # Axes whose limits are final
     labels: Sequence[str],     # One a line
@@ -136,7 +136,7 @@ def direct_labels(
                                color=_ink(color), size=size, va="center", annotation_clip=False, arrowprops=line))
     return out
 
-# %% ../nbs/22_plotting.ipynb #c18be823
+# %% ../nbs/22_plotting.ipynb #48a5cea3
 class Picture(Figure):
     "A figure without pyplot, which shows itself in a notebook"
     def __init__(self,
@@ -150,7 +150,7 @@ class Picture(Figure):
         self.savefig(data, format="png", bbox_inches="tight")
         return data.getvalue()
 
-# %% ../nbs/22_plotting.ipynb #882cfe6e
+# %% ../nbs/22_plotting.ipynb #1d0823fa
 def _inches(labels, size=8):
     "Width of the widest label, and a little more: at a low resolution letters are rounded to pixels"
     return 1.04 * max((TextPath((0, 0), s, size=size).get_extents().width for s in labels if s.strip()), default=0) / 72
@@ -171,7 +171,7 @@ def _lines(ax, grid, curves, styles):
         ax.fill_between(grid, low, high, color=style["color"], alpha=.2, lw=0)
         ax.plot(grid, mid, lw=1.4, **style)
 
-# %% ../nbs/22_plotting.ipynb #816ccdb5
+# %% ../nbs/22_plotting.ipynb #9a303bbd
 def _limits(curves, *include):
     "Limits of an axis: everything from below, 98% from above, and what must be seen"
     values = np.concatenate([c.ravel() for c in curves])
@@ -184,7 +184,7 @@ def _bound_lines(ax, bound, low):
     for b in [bound] if low >= 0 else [bound, -bound]:
         ax.axhline(b, color="k", lw=.9, ls=(0, (4, 3)), zorder=1)
 
-# %% ../nbs/22_plotting.ipynb #fc7216aa
+# %% ../nbs/22_plotting.ipynb #899c10f9
 _COLUMNS = (("Loss", KEYS[1:3]), ("Constraints, train", KEYS[3:4]), ("Constraints, test", KEYS[4:]))
 _SPLITS = (dict(color="#000000"), dict(color="#E69F00", linestyle=_DASHES[1]))  # train, test
 
@@ -200,7 +200,7 @@ def _named_lines(ax, grid, lines, names, bound, floor, name_bound):
             labels, ends, colors = [*labels, f"bound {bound:g}"], [*ends, bound], [*colors, "k"]
     direct_labels(ax, labels, ends, colors, x=grid[-1])
 
-# %% ../nbs/22_plotting.ipynb #1d206fa1
+# %% ../nbs/22_plotting.ipynb #b1f2b504
 def _draw_rows(data, names, bound, floor, limits, fig):
     "The panels of `plot_runs`: sizes in inches, rows from the top"
     width, height, left = 2.1, max(1.45, .155 * (len(names) + 1)), .75
@@ -219,7 +219,7 @@ def _draw_rows(data, names, bound, floor, limits, fig):
             _named_lines(ax, grid, lines, names if column else None, bound, floor, row == 0)
     return fig
 
-# %% ../nbs/22_plotting.ipynb #cbc3f0ab
+# %% ../nbs/22_plotting.ipynb #5ed59777
 def plot_runs(
     runs: Mapping[str, Sequence[Mapping]],          # Algorithm -> runs, as in the table of this chapter
     group_names: Sequence[str] | None = None,       # Names of the constraints; None numbers them
@@ -243,7 +243,7 @@ def plot_runs(
                   gaps=_limits(gaps, 0, 1.5 * bound) if gap_limits is None else gap_limits)
     return _draw_rows(data, names, bound, min(g.min() for g in gaps), limits, fig)
 
-# %% ../nbs/22_plotting.ipynb #da9a6341
+# %% ../nbs/22_plotting.ipynb #0081cd50
 def _one_line_each(ax, grids, curves, bound):
     "A named line with its band for each algorithm, and the bound, if there is one"
     ax.set_ylim(_limits(list(curves.values()), *([] if bound is None else [0, 1.5 * bound])))
@@ -256,7 +256,7 @@ def _one_line_each(ax, grids, curves, bound):
         labels, ends, styles = [*labels, f"bound {bound:g}"], [*ends, bound], [*styles, {"color": "k"}]
     direct_labels(ax, labels, ends, [s["color"] for s in styles], size=9)
 
-# %% ../nbs/22_plotting.ipynb #7c39326d
+# %% ../nbs/22_plotting.ipynb #1373bac4
 def plot_summary(
     runs: Mapping[str, Sequence[Mapping]],  # Algorithm -> runs
     bound: float = 0.05,                    # Drawn dashed

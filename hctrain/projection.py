@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ['Box', 'Ball', 'Simplex', 'L1Ball', 'SoftThreshold', 'GroupSoftThreshold', 'Each', 'Around', 'Intersection',
            'project_after', 'check_prox', 'check_projection']
 
-# %% ../nbs/03_projection.ipynb #9775d2f4
+# %% ../nbs/03_projection.ipynb #e4137d78
 def _floats(tensors, dim=None):
     "The tensors as a list; what cannot be projected is refused before anything has changed"
     if isinstance(tensors, Tensor):
@@ -32,13 +32,13 @@ def _floats(tensors, dim=None):
                              "choose another dim, or leave this tensor out")
     return xs
 
-# %% ../nbs/03_projection.ipynb #ff982a1e
+# %% ../nbs/03_projection.ipynb #790d692f
 def _positive(name, value):
     "Refuse what is not a positive, finite number (NaN included)"
     if not 0 < value < math.inf:
         raise ValueError(f"expected {name} > 0 and finite, got {value}: choose a positive number")
 
-# %% ../nbs/03_projection.ipynb #b794bed3
+# %% ../nbs/03_projection.ipynb #78b38f6f
 @dataclass(frozen=True)
 class Box:
     "Every entry between two numbers: project a list of tensors on a box, in place"
@@ -59,7 +59,7 @@ class Box:
             torch._foreach_clamp_max_(xs, self.high)
         return xs
 
-# %% ../nbs/03_projection.ipynb #f2eca8f8
+# %% ../nbs/03_projection.ipynb #50a54368
 def _norms(xs, dim):
     "Euclidean norm of the whole list (a list of one scalar), or of each slice along dim (a tensor each)"
     if dim is None:
@@ -71,7 +71,7 @@ def _share(values, xs):
     "One value a tensor: a value of the whole list is repeated"
     return values * (len(xs) // len(values))
 
-# %% ../nbs/03_projection.ipynb #dd069f77
+# %% ../nbs/03_projection.ipynb #cb84e810
 @dataclass(frozen=True)
 class Ball:
     "Euclidean norm at most `radius`: project a list of tensors on a ball, in place"
@@ -88,7 +88,7 @@ class Ball:
         torch._foreach_mul_(xs, _share(factors, xs))
         return xs
 
-# %% ../nbs/03_projection.ipynb #34e21ce8
+# %% ../nbs/03_projection.ipynb #a51b7592
 def _levels(xs, total, dim):
     "The level t with sum(max(x - t, 0)) = total: of the whole list (a list of one), or of each slice along dim"
     levels = []
@@ -98,7 +98,7 @@ def _levels(xs, total, dim):
         levels.append(((sums - total) / k).amax(-1, keepdim=True).movedim(-1, d))
     return levels
 
-# %% ../nbs/03_projection.ipynb #d3512f5e
+# %% ../nbs/03_projection.ipynb #94be1d6d
 @dataclass(frozen=True)
 class Simplex:
     "Non-negative entries with a fixed sum: project a list of tensors on a simplex, in place"
@@ -115,7 +115,7 @@ class Simplex:
         torch._foreach_clamp_min_(xs, 0)
         return xs
 
-# %% ../nbs/03_projection.ipynb #eed038f3
+# %% ../nbs/03_projection.ipynb #40e10456
 @dataclass(frozen=True)
 class L1Ball:
     "Sum of absolute values at most `radius`: project a list of tensors on an L1 ball, in place"
@@ -133,7 +133,7 @@ class L1Ball:
             x.sub_(x.clamp(-t, t))
         return xs
 
-# %% ../nbs/03_projection.ipynb #9cf37fa6
+# %% ../nbs/03_projection.ipynb #85516dd0
 @dataclass(frozen=True)
 class SoftThreshold:
     "Proximal map of the L1 norm: shrink each entry of a list of tensors towards 0 by `threshold`, in place"
@@ -149,7 +149,7 @@ class SoftThreshold:
             x.sub_(x.clamp(-self.threshold, self.threshold))
         return xs
 
-# %% ../nbs/03_projection.ipynb #2c4794c5
+# %% ../nbs/03_projection.ipynb #809a152e
 @dataclass(frozen=True)
 class GroupSoftThreshold:
     "Proximal map of the sum of norms: shorten each slice of a list of tensors by `threshold`, in place"
@@ -166,7 +166,7 @@ class GroupSoftThreshold:
         torch._foreach_mul_(xs, _share(factors, xs))
         return xs
 
-# %% ../nbs/03_projection.ipynb #f779503c
+# %% ../nbs/03_projection.ipynb #907b94ab
 @dataclass(frozen=True)
 class Each:
     "Project each tensor of a list on its own: with one set for all of them, or with a tuple, a set (or None) a tensor"
@@ -185,7 +185,7 @@ class Each:
                 project([x])
         return xs
 
-# %% ../nbs/03_projection.ipynb #4deb5139
+# %% ../nbs/03_projection.ipynb #15e6ad3d
 @dataclass(frozen=True, eq=False)
 class Around:
     "A set moved to a centre: project a list of tensors on centre + set, in place"
@@ -202,7 +202,7 @@ class Around:
         torch._foreach_copy_(xs, torch._foreach_add(moved, centre))
         return xs
 
-# %% ../nbs/03_projection.ipynb #bb2da5e3
+# %% ../nbs/03_projection.ipynb #23b8cd2f
 @dataclass(frozen=True)
 class Intersection:
     "Several sets at once: project a list of tensors on their common points by Dykstra's algorithm, in place"
@@ -225,7 +225,7 @@ class Intersection:
         torch._foreach_copy_(xs, x)
         return xs
 
-# %% ../nbs/03_projection.ipynb #f980ce1c
+# %% ../nbs/03_projection.ipynb #4c40b7c0
 def project_after(
     optimizer: torch.optim.Optimizer,         # Any torch optimizer
     project: Callable,                        # A set, or any function that changes a list of tensors in place
@@ -246,7 +246,7 @@ def project_after(
     project([p.detach().clone() for p in tensors()])  # a set that does not fit is refused now, not after a step
     return optimizer.register_step_post_hook(after)
 
-# %% ../nbs/03_projection.ipynb #56663f40
+# %% ../nbs/03_projection.ipynb #518daf4a
 def _dot(a, b):
     return sum((x.double() * y.double()).sum() for x, y in zip(a, b))
 
@@ -270,7 +270,7 @@ def check_prox(
         pairs += [(x, Px), (z, Pz)] if dtype is torch.float64 else []
     return [([v.detach() for v in x], [v.detach() for v in p]) for x, p in pairs]
 
-# %% ../nbs/03_projection.ipynb #32bfbfc3
+# %% ../nbs/03_projection.ipynb #15e8ae2b
 def check_projection(
     project: Callable,  # The projection under test: changes a list of tensors in place
     **options,          # Shapes, n, scale and seed as in `check_prox`
