@@ -1,1 +1,21 @@
+"""Train PyTorch models under stochastic constraints, with algorithms you can read beside their equations"""
+
 __version__ = "0.0.1"
+
+from .constraints import (
+    RateGap,
+    Rates,
+    WeightedBCE,
+    accuracy,
+    fairret_rate,
+    false_positive_rate,
+    loss_rate,
+    positive_rate,
+    true_positive_rate,
+)
+from .optimizer import ConstrainedOptimizer, check_optimizer
+from .problem import KKT, Toy, kkt_residual, least_squares_multipliers, noisy_toy, toys
+from .projection import Ball, Box, Simplex, project_after
+from .sampling import BalancedSampler, Batch, RandomStreams, Streams
+from .sslalm import SSLALM
+from .switching import SwitchingSubgradient

@@ -27,10 +27,10 @@ from .train import Budget, Run, train, write_atomically
 __all__ = ['ALGORITHMS', 'COLUMNS', 'Algorithm', 'Setting', 'measure', 'run_one', 'compare', 'last_values', 'table', 'long_table',
            'curves', 'save']
 
-# %% ../nbs/23_compare.ipynb #7ea69467
+# %% ../nbs/23_compare.ipynb #89003fa8
 class Algorithm(NamedTuple):
     "A method in a comparison"
-    label: str      # For tables and figures
+    label: str      # For tables, figures and files
     make: Callable  # `make(params, m)` returns the optimizer
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -64,79 +64,76 @@ class Setting:
         if self.reference not in ("population", "balanced"):
             raise ValueError(f"expected reference to be 'population' or 'balanced', got {self.reference!r}")
 
-# %% ../nbs/23_compare.ipynb #f8d15312
+# %% ../nbs/23_compare.ipynb #b4d533df
 def measure(
     model: nn.Module,   # The network
     data,               # Has `train`, `test` (batches) and `n_groups`
     bound: float = 0.05 # Largest gap allowed
 ) -> dict:
-    "Loss, accuracy, and the gap of each group for scores and for decisions, on train and test"
+    "Loss, accuracy, and of each group the gap in scores, the gap in decisions and the rate, on train and test"
     values = {}
     for split in ("train", "test"):
         ev = evaluate(model, getattr(data, split), n_groups=data.n_groups, bound=bound)
         values |= {f"{split}_loss": ev.loss, f"{split}_accuracy": ev.accuracy,
-                   f"{split}_gaps": ev.soft.gaps, f"{split}_hard_gaps": ev.hard.gaps}
+                   f"{split}_gaps": ev.soft.gaps, f"{split}_hard_gaps": ev.hard.gaps, f"{split}_rates": ev.soft.values}
     return values
 
-# %% ../nbs/23_compare.ipynb #145df766
+# %% ../nbs/23_compare.ipynb #91cb8a68
 def run_one(
-    data,                                  # Has `train`, `test` (batches) and `n_groups`
-    network: Callable[[int], nn.Module],   # `network(seed)` makes the network
-    name: str,                             # A key of `ALGORITHMS`
-    seed: int,                             # Of network and batches
-    setting: Setting = Setting(),          # What all algorithms share
-    **kw                                   # More for `train`, such as a checkpoint
+    data,                                 # Has `train`, `test` (batches) and `n_groups`
+    network: Callable[[int], nn.Module],  # `network(seed)` makes the network
+    algorithm: Algorithm,                 # What to train with
+    seed: int,                            # Of network and batches
+    setting: Setting = Setting(),         # What all algorithms share
+    **kw                                  # More for `train`, such as a checkpoint
 ) -> tuple[Run, nn.Module]:
     "Train one algorithm from one seed; the run and the trained network"
-    if name not in ALGORITHMS:
-        raise ValueError(f"expected an algorithm among {', '.join(ALGORITHMS)}, got {name!r}")
     streams = Streams(*data.train, per_group=setting.per_group, seed=seed)
     weights = streams.weights if setting.reference == "population" else None
-    gaps = RateGap(positive_rate, data.n_groups, setting.bound, "batch" if weights is None else "population", weights=weights)
+    gaps = RateGap(positive_rate, data.n_groups, setting.bound, "batch" if weights is None else "population",
+                   weights=weights)
     model = network(seed)
-    opt = ALGORITHMS[name].make(model.parameters(), gaps.m)
-    run = train(model, opt, WeightedBCE(weights), gaps, streams, steps=setting.steps, seconds=setting.seconds, draws=setting.draws,
-                evaluations=setting.evaluations, evaluate=lambda: measure(model, data, setting.bound), **kw)
+    opt = algorithm.make(model.parameters(), gaps.m)
+    run = train(model, opt, WeightedBCE(weights), gaps, streams, steps=setting.steps, seconds=setting.seconds,
+                draws=setting.draws, evaluations=setting.evaluations,
+                evaluate=lambda: measure(model, data, setting.bound), **kw)
     return run, model
 
-# %% ../nbs/23_compare.ipynb #a1f46d97
+# %% ../nbs/23_compare.ipynb #343ce3de
 def compare(
-    data,                                  # Has `train`, `test` (batches) and `n_groups`
-    network: Callable[[int], nn.Module],   # `network(seed)` makes the network
-    names: Sequence[str] = tuple(ALGORITHMS),  # Keys of `ALGORITHMS`
-    setting: Setting = Setting(),          # What all algorithms share
-    folder: str | Path | None = None,      # Where each run keeps its checkpoint
-    resume: bool = False,                  # Go on from the checkpoints that are there
-    progress: bool = True                  # Show a bar for each run
+    data,                                                 # Has `train`, `test` (batches) and `n_groups`
+    network: Callable[[int], nn.Module],                  # `network(seed)` makes the network
+    algorithms: Sequence[Algorithm] = tuple(ALGORITHMS.values()),  # What to compare
+    setting: Setting = Setting(),                         # What all share
+    folder: str | Path | None = None,                     # Where each run keeps its checkpoint
+    resume: bool = False,                                 # Go on from the checkpoints that are there
+    progress: bool = True                                 # Show a bar for each run
 ) -> dict[str, list[Run]]:
-    "Train every algorithm from every seed; runs by name. After Ctrl-C the last run says that it is not finished"
-    unknown = [n for n in names if n not in ALGORITHMS]
-    if unknown or not names:
-        raise ValueError(f"expected algorithms among {', '.join(ALGORITHMS)}, got {', '.join(unknown) or 'none'}")
-    runs, total = {name: [] for name in names}, len(names) * setting.seeds
-    for i, (seed, name) in enumerate((s, n) for s in range(setting.seeds) for n in names):
-        file = None if folder is None else Path(folder) / f"{name}-{seed}.pt"
-        title = f"{ALGORITHMS[name].label}, seed {seed} ({i + 1} of {total})"
-        run, _ = run_one(data, network, name, seed, setting, checkpoint=file, resume=resume and file is not None and file.exists(),
-                         progress=title if progress else False)
-        runs[name].append(run)
+    "Train every algorithm from every seed; runs by label. After Ctrl-C the last run says that it is not finished"
+    jobs = [(seed, a) for seed in range(setting.seeds) for a in algorithms]
+    runs = {a.label: [] for a in algorithms}
+    for i, (seed, a) in enumerate(jobs):
+        file = None if folder is None else Path(folder) / f"{a.label.lower().replace(' ', '-')}-{seed}.pt"
+        title = f"{a.label}, seed {seed} ({i + 1} of {len(jobs)})"
+        run, _ = run_one(data, network, a, seed, setting, checkpoint=file, progress=title if progress else False,
+                         resume=resume and file is not None and file.exists())
+        runs[a.label].append(run)
         if not run.finished:
             break
     return runs
 
-# %% ../nbs/23_compare.ipynb #b28814fe
+# %% ../nbs/23_compare.ipynb #ad66456a
 COLUMNS = {"loss": "BCE", "accuracy": "accuracy", "gaps": "soft gap", "hard_gaps": "hard gap"}
 
 def last_values(
-    runs: Mapping[str, Sequence[Run]] # Runs by algorithm
+    runs: Mapping[str, Sequence[Run]] # Runs by label
 ) -> dict[str, dict[tuple[str, str], np.ndarray]]:
     "For each algorithm, (measure, split) -> its value at the end of each run; gaps as their largest"
-    return {ALGORITHMS[name].label: {(title, split): np.array([np.max(r.record[f"{split}_{key}"][-1]) for r in rs])
-                                     for key, title in COLUMNS.items() for split in ("train", "test")}
-            for name, rs in runs.items() if rs}
+    return {label: {(title, split): np.array([np.max(r.record[f"{split}_{key}"][-1]) for r in rs])
+                    for key, title in COLUMNS.items() for split in ("train", "test")} for label, rs in runs.items() if rs}
 
 def table(
-    runs: Mapping[str, Sequence[Run]] # Runs by algorithm
+    runs: Mapping[str, Sequence[Run]] # Runs by label
 ):
     "Mean and standard deviation over seeds as a DataFrame of strings"
     import pandas as pd
@@ -146,31 +143,31 @@ def table(
     frame.insert(0, ("steps", ""), [f"{np.mean([r.step for r in rs]):,.0f}" for rs in runs.values() if rs])
     return frame
 
-# %% ../nbs/23_compare.ipynb #43929675
+# %% ../nbs/23_compare.ipynb #7a57f2a6
 def long_table(
-    runs: Mapping[str, Sequence[Run]],  # Runs by algorithm
+    runs: Mapping[str, Sequence[Run]],  # Runs by label
     seconds: bool = False               # The clock in place of the metrics
 ) -> str:
     "All records as one CSV text, with algorithm and seed in front"
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    for i, (name, seed, r) in enumerate((n, s, r) for n, rs in runs.items() for s, r in enumerate(rs)):
+    for i, (label, seed, r) in enumerate((a, s, r) for a, rs in runs.items() for s, r in enumerate(rs)):
         columns = {"step": r.record["step"], "seconds": r.record["seconds"]} if seconds else r.record.table()
         if i == 0:
             writer.writerow(["algorithm", "seed", *columns])
-        writer.writerows([name, seed, *row] for row in zip(*(c.tolist() for c in columns.values()), strict=True))
+        writer.writerows([label, seed, *row] for row in zip(*(c.tolist() for c in columns.values()), strict=True))
     return out.getvalue()
 
 def curves(
-    runs: Mapping[str, Sequence[Run]] # Runs by algorithm
+    runs: Mapping[str, Sequence[Run]] # Runs by label
 ) -> dict[str, list[dict[str, np.ndarray]]]:
     "The runs in the form that the figures of `hctrain.plotting` take"
     keys = ("seconds", "train_loss", "test_loss", "train_gaps", "test_gaps")
-    return {ALGORITHMS[name].label: [{k: r.record[k] for k in keys} for r in rs] for name, rs in runs.items() if rs}
+    return {label: [{k: r.record[k] for k in keys} for r in rs] for label, rs in runs.items() if rs}
 
-# %% ../nbs/23_compare.ipynb #41b3d1c6
+# %% ../nbs/23_compare.ipynb #b6641cef
 def save(
-    runs: Mapping[str, Sequence[Run]],            # Runs by algorithm
+    runs: Mapping[str, Sequence[Run]],            # Runs by label
     folder: str | Path,                           # Where to
     setting: Setting,                             # Its bound is drawn
     group_names: Sequence[str] | None = None,     # Names of the constraints
