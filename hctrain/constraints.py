@@ -48,7 +48,7 @@ class Rates(NamedTuple):
         "Lets `sum` start from 0"
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
-# %% ../nbs/01_constraints.ipynb #be4b04e2
+# %% ../nbs/01_constraints.ipynb #1195b2c5
 def flat_logits(
     out: Tensor,  # Logits, shape (n,) or (n, 1)
 ) -> Tensor:
@@ -60,7 +60,7 @@ def flat_logits(
                          f"{out.dtype}: pass the network's output before any sigmoid")
     return out if out.dtype in (torch.float32, torch.float64) else out.float()
 
-
+# %% ../nbs/01_constraints.ipynb #cae6f631
 def _wrapped(t: Tensor) -> bool:
     "Whether `t` stands for something else, inside `vmap` or another transform of `torch.func`"
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(t)
@@ -113,7 +113,7 @@ def _answers(out: Tensor, hard: bool) -> tuple[Tensor, Tensor]:
     z = flat_logits(out)
     return z, hard_decision(z) if hard else z.sigmoid()
 
-# %% ../nbs/01_constraints.ipynb #e6d3a840
+# %% ../nbs/01_constraints.ipynb #f155653b
 def positive_rate(
     out: Tensor,           # Logits, shape (n,) or (n, 1)
     g: Tensor,             # Group codes, shape (n,)
@@ -125,28 +125,28 @@ def positive_rate(
     z, p = _answers(out, hard)
     return Rates(group_sum(p, g, n_groups), group_sum(torch.ones_like(z), g, n_groups))
 
-
+# %% ../nbs/01_constraints.ipynb #dd1599f2
 def true_positive_rate(out: Tensor, g: Tensor, y: Tensor, n_groups: int, hard: bool = False) -> Rates:
     "P(f=1 | Y=1, G=g), the rate of equal opportunity"
     z, p = _answers(out, hard)
     y = binary_labels(y, z)
     return Rates(group_sum(y * p, g, n_groups), group_sum(y, g, n_groups))
 
-
+# %% ../nbs/01_constraints.ipynb #3b8c22ac
 def false_positive_rate(out: Tensor, g: Tensor, y: Tensor, n_groups: int, hard: bool = False) -> Rates:
     "P(f=1 | Y=0, G=g); with the true positive rate, the pair of equalized odds"
     z, p = _answers(out, hard)
     y = 1 - binary_labels(y, z)
     return Rates(group_sum(y * p, g, n_groups), group_sum(y, g, n_groups))
 
-# %% ../nbs/01_constraints.ipynb #070f3cbb
+# %% ../nbs/01_constraints.ipynb #c1c99654
 def accuracy(out: Tensor, g: Tensor, y: Tensor, n_groups: int, hard: bool = False) -> Rates:
     "P(f=Y | G=g)"
     z, p = _answers(out, hard)
     right = 1 - (binary_labels(y, z) - p).abs()
     return Rates(group_sum(right, g, n_groups), group_sum(torch.ones_like(z), g, n_groups))
 
-
+# %% ../nbs/01_constraints.ipynb #0ba512b4
 def loss_rate(out: Tensor, g: Tensor, y: Tensor, n_groups: int, hard: bool = False) -> Rates:
     "Mean loss in a group: cross-entropy (soft) or share of wrong decisions (hard)"
     z = flat_logits(out)

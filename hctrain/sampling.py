@@ -156,7 +156,12 @@ class Draws:
                              "give the arguments and the data that it was saved with")
         self.t = _whole("t", state.get("t"), 0)
 
-# %% ../nbs/02_sampling.ipynb #339363ed
+# %% ../nbs/02_sampling.ipynb #1da34814
+def _inverse_propensity(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    "Weights of groups in a balanced batch, Eq. (1), shape (G,); their mean is 1"
+    return (counts / counts.sum(dtype=torch.float64) * len(counts)).to(dtype)
+
+
 class BalancedSampler(Draws):
     "Row numbers of balanced batches, one after the other; also a `batch_sampler` for a DataLoader"
     def __init__(self,
@@ -168,7 +173,7 @@ class BalancedSampler(Draws):
         n_groups: int | None = None,  # Number of groups, checked where it is given
     ):
         super().__init__(BalancedTable(groups, per_group, replacement, seed, n_groups), [_whole("stream", stream, 0)])
-        self.weights = _inverse_propensity(self.counts)
+        self.weights = _inverse_propensity(self.counts, torch.get_default_dtype())
 
     def draw(self) -> Tensor:
         "Row numbers of the next batch, int64 of shape (G * k,), ordered by group"
@@ -182,11 +187,6 @@ class BalancedSampler(Draws):
         "The next nominal epoch, as lists"
         for _ in range(len(self)):
             yield self.next_rows(1).tolist()
-
-
-def _inverse_propensity(counts: Tensor) -> Tensor:
-    "Weights of groups in a balanced batch, Eq. (1), shape (G,); their mean is 1"
-    return (counts / counts.sum(dtype=torch.float64) * len(counts)).to(torch.get_default_dtype())
 
 # %% ../nbs/02_sampling.ipynb #b83975fb
 def _checked(x: Tensor, y: Tensor, g: Tensor) -> Batch:
@@ -206,7 +206,7 @@ def _checked(x: Tensor, y: Tensor, g: Tensor) -> Batch:
             raise ValueError(f"expected finite values in {name}, got NaN or infinity: drop or fill the rows without")
     return Batch(x.detach(), y, g.detach())
 
-# %% ../nbs/02_sampling.ipynb #b7a3f925
+# %% ../nbs/02_sampling.ipynb #e9f8e3c4
 class Streams(Draws):
     "Independent streams of balanced batches from tensors in memory: `for xi, z0, z1, z2 in streams`"
     def __init__(self,
@@ -220,7 +220,7 @@ class Streams(Draws):
     ):
         self.data, self.n = _checked(x, y, g), _whole("n", n, 1)
         super().__init__(BalancedTable(g, per_group, replacement, seed), range(self.n), x.device)
-        self.weights = _inverse_propensity(self.counts).to(self.data.y)
+        self.weights = _inverse_propensity(self.counts, self.data.y.dtype).to(x.device)
         self._g: Tensor | None = None
 
     def draw(self, k: int | None = None) -> list[Batch]:
