@@ -171,11 +171,11 @@ def _lines(ax, grid, curves, styles):
         ax.fill_between(grid, low, high, color=style["color"], alpha=.2, lw=0)
         ax.plot(grid, mid, lw=1.4, **style)
 
-# %% ../nbs/22_plotting.ipynb #9a303bbd
+# %% ../nbs/22_plotting.ipynb #96078604
 def _limits(curves, *include):
-    "Limits of an axis: everything from below, 98% from above, and what must be seen"
+    "Limits of an axis: everything from below, the medians and 98% of the bands from above, and what must be seen"
     values = np.concatenate([c.ravel() for c in curves])
-    low, high = min([values.min(), *include]), max([np.quantile(values, .98), *include])
+    low, high = min([values.min(), *include]), max([np.quantile(values, .98), *(c[1].max() for c in curves), *include])
     return low - .03 * (high - low) * (low != 0), high + .05 * (high - low) + (high == low)
 
 
