@@ -18,7 +18,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['Rates', 'flat_logits', 'readable', 'binary_labels', 'group_sum', 'hard_decision', 'positive_rate',
            'true_positive_rate', 'false_positive_rate', 'accuracy', 'loss_rate', 'reference_rate', 'Carry',
-           'GroupWeights', 'RateGap', 'WeightedBCE', 'fairret_rate']
+           'GroupWeights', 'GapMatrix', 'RateGap', 'WeightedBCE', 'fairret_rate']
 
 # %% ../nbs/01_constraints.ipynb #2715fc0f
 class Rates(NamedTuple):
@@ -113,7 +113,7 @@ def _answers(out: Tensor, hard: bool) -> tuple[Tensor, Tensor]:
     z = flat_logits(out)
     return z, hard_decision(z) if hard else z.sigmoid()
 
-# %% ../nbs/01_constraints.ipynb #f155653b
+# %% ../nbs/01_constraints.ipynb #dcc20c60
 def positive_rate(
     out: Tensor,           # Logits, shape (n,) or (n, 1)
     g: Tensor,             # Group codes, shape (n,)
@@ -124,6 +124,8 @@ def positive_rate(
     "P(f=1 | G=g), the rate of demographic parity"
     z, p = _answers(out, hard)
     return Rates(group_sum(p, g, n_groups), group_sum(torch.ones_like(z), g, n_groups))
+
+positive_rate.rows = lambda out, y, hard: _answers(out, hard)[1]  # what is averaged, for `GapMatrix`
 
 # %% ../nbs/01_constraints.ipynb #dd1599f2
 def true_positive_rate(out: Tensor, g: Tensor, y: Tensor, n_groups: int, hard: bool = False) -> Rates:
@@ -270,7 +272,41 @@ def complaint(name: str, rates: Rates, absent: str) -> str:
     return (f"expected finite values, got {name} that is NaN or infinite in groups {bad}: "
             "look at the logits, and lower the step size")
 
-# %% ../nbs/01_constraints.ipynb #e0e5b40a
+# %% ../nbs/01_constraints.ipynb #f92c4f61
+class GapMatrix:
+    "The matrix D of @eq-matrix for group codes that come again"
+    def __init__(self, n_groups: int, reference, weights: GroupWeights | None):
+        self.n_groups, self.reference, self.weights = n_groups, reference, weights
+        self.codes, self.version, self.matrix = None, -1, None
+
+    def __call__(self, g: Tensor, p: Tensor) -> Tensor | None:
+        "D in the dtype of `p`, shape (G, n), or None where the plain way should be taken"
+        if torch.compiler.is_compiling() or _wrapped(p) or g.is_inference() or g.shape != p.shape:
+            return None
+        if g is not self.codes or g._version != self.version:
+            self.codes, self.version, self.matrix = g, g._version, None
+            return None
+        if self.matrix is None or self.matrix.dtype != p.dtype:
+            self.matrix = self.make(g, p)
+        return self.matrix if len(self.matrix) else None
+
+    def make(self, g: Tensor, p: Tensor) -> Tensor:
+        "D, or an empty tensor where it does not exist or does not pay"
+        if g.numel() * self.n_groups > 2**16 or g.dtype != torch.int64:
+            return p.new_zeros(0)
+        member = torch.nn.functional.one_hot(g, self.n_groups).T.to(p.dtype)
+        n = member.sum(1)
+        if not bool((n > 0).all()):
+            return p.new_zeros(0)
+        D = member / n[:, None]
+        if isinstance(self.reference, Integral):
+            return D - D[self.reference].clone()
+        if not isinstance(self.reference, str):
+            return D
+        w = torch.ones_like(n) if self.weights is None else self.weights(p)
+        return D - w @ member / (w @ n)
+
+# %% ../nbs/01_constraints.ipynb #1e10cc4a
 class RateGap:
     "Gaps of group rates as constraints: `gaps(out, batch)` gives c of shape (m,), wanted <= 0, Eq. (3)"
     def __init__(self,
@@ -290,10 +326,21 @@ class RateGap:
         self.m = self.n_groups * (2 if two_sided else 1)
         self.weights = None if weights is None else GroupWeights(weights, self.n_groups)
         self.memory = Carry(self.n_groups if absent == "carry" else 0)
+        self.matrix = GapMatrix(self.n_groups, reference, self.weights)
 
     def __call__(self, out: Tensor, batch) -> Tensor:
         "Constraints of one batch, which has `.g` and `.y`"
+        if hasattr(self.statistic, "rows") and self.absent != "carry":
+            p = self.statistic.rows(out, batch.y, self.hard)
+            if (D := self.matrix(batch.g, p)) is not None:
+                c = self.bounded(D @ p - (0 if isinstance(self.reference, (str, Integral)) else self.reference))
+                if not readable(c) or math.isfinite(c.sum().item()):
+                    return c
         return self.from_rates(self.statistic(out, batch.g, batch.y, self.n_groups, hard=self.hard))
+
+    def bounded(self, d: Tensor) -> Tensor:
+        "Signed gaps (G,) as constraints (m,)"
+        return (torch.cat([d, -d]) if self.two_sided else d.abs()) - self.bound
 
     def from_rates(self, rates: Rates) -> Tensor:
         "Constraints of rates that may have been added up elsewhere, shape (m,)"
@@ -305,7 +352,7 @@ class RateGap:
         filled = self.memory.fill(rates) if carry else rates
         weights = None if self.weights is None else self.weights(filled.sums)
         d = _ratio(*filled, skip) - reference_rate(filled, self.reference, weights, skip)
-        c = (torch.cat([d, -d]) if self.two_sided else d.abs()) - self.bound
+        c = self.bounded(d)
         if skip:
             c = c * _told(rates.counts, self.reference).repeat(self.m // self.n_groups)
         if readable(c) and not math.isfinite(c.sum().item()):
