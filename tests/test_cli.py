@@ -1,0 +1,60 @@
+"""The command line as a person uses it: its own process, synthetic and real data, wrong inputs, Ctrl-C."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from chapters import ROOT
+
+REAL = Path(os.environ.get("HCTRAIN_ACS_ROOT", ROOT.parent / "shared/data/acs"))
+HCTRAIN = Path(sys.executable).with_name("hctrain")
+ENV = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"OMP_NUM_THREADS": "1"}
+
+
+def hctrain(*args, cwd):
+    return subprocess.run([HCTRAIN, *args], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def test_synthetic(tmp_path):
+    done = hctrain("acs", "--seconds", "1", "--evaluations", "5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "synthetic" in done.stdout and "SSL-ALM" in done.stdout and "seed 0 (3 of 3)" in done.stderr
+    run, = (tmp_path / "runs").iterdir()
+    files = {"config.json", "metrics.csv", "seconds.csv", "table.csv", "figure.png", "figure.svg"}
+    assert files <= {f.name for f in run.iterdir()}
+    assert str(run.relative_to(tmp_path)) in done.stdout
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs census files")
+def test_real(tmp_path):
+    done = hctrain("acs", "--data", str(REAL), "--state", "WV", "--protected", "SEX", "--steps", "50", "--seeds", "2",
+                   "--algorithms", "sslalm", "--evaluations", "2", "--out", "elsewhere", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "synthetic" not in done.stdout and "±" in done.stdout
+    assert list(tmp_path.glob("elsewhere/acs-WV-*/metrics.csv"))
+
+
+# chapter 50 tries more
+@pytest.mark.parametrize("args", [(), ("acs", "--data", "nowhere"), ("acs", "--out", "/dev/null/x")])
+def test_wrong_input_is_one_sentence(args, tmp_path):
+    done = hctrain(*args, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupt_and_resume(tmp_path):
+    options = ("acs", "--steps", "600", "--evaluations", "5", "--algorithms", "sslalm", "ssw")
+    assert hctrain(*options, "--out", "whole", cwd=tmp_path).returncode == 0
+    with subprocess.Popen([HCTRAIN, *options], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True) as p:
+        while not list(tmp_path.glob("runs/*/ssl-alm-0.pt")):
+            time.sleep(.02)
+        p.send_signal(signal.SIGINT)
+        said = p.communicate(timeout=100)[0]
+    assert p.returncode == 130 and "hctrain acs --resume runs/" in said
+    assert hctrain("acs", "--resume", cwd=tmp_path).returncode == 0
+    whole, again = (next(tmp_path.glob(f"{d}/*/metrics.csv")).read_bytes() for d in ("whole", "runs"))
+    assert whole == again
