@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-# %% ../nbs/50_cli.ipynb #5b9fe7ff
+# %% ../nbs/50_cli.ipynb #20f0526c
 def _number(kind: type, low: float, name: str):
     "A number of at least `low` (above it, for floats)"
     def convert(text):
@@ -38,11 +38,12 @@ def _number(kind: type, low: float, name: str):
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected {name}, got {text!r}") from None
         if not (low < value < float("inf") if kind is float else low <= value):
-            raise argparse.ArgumentTypeError(f"expected {name} {'above' if kind is float else 'of at least'} {low:g}, got {text}")
+            least = f"{'above' if kind is float else 'of at least'} {low:g}"
+            raise argparse.ArgumentTypeError(f"expected {name} {least}, got {text}")
         return value
     return convert
 
-# %% ../nbs/50_cli.ipynb #8e5e1638
+# %% ../nbs/50_cli.ipynb #65fbd8b2
 DEFAULTS = {"data": None, "download": False, "state": "VA", "protected": "MAR", "algorithms": list(ALGORITHMS),
             "out": "runs", **asdict(Setting()), "seconds": None}
 
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     acs = p.add_subparsers(dest="command", required=True, parser_class=_Parser).add_parser(
         "acs", help="compare algorithms on the census income task", argument_default=argparse.SUPPRESS)
     a, whole, real = acs.add_argument, lambda name: _number(int, 1, name), lambda name: _number(float, 0, name)
-    a("--data", metavar="FOLDER", help="census files as folktables lays them out (default: the synthetic Virginia of the package)")
+    a("--data", metavar="FOLDER", help="census files as folktables lays them out (the package's synthetic Virginia)")
     a("--download", action="store_true", help="fetch a missing file from the Census Bureau into --data")
     a("--state", help="postal code of the state (VA)")
     a("--protected", metavar="COLUMN", help="protected attribute: MAR, SEX or RAC1P (MAR)")
@@ -64,31 +65,34 @@ def parser() -> argparse.ArgumentParser:
     a("--per-group", type=whole("rows"), help="rows of each group in a batch (32)")
     a("--bound", type=real("bound"), help="largest gap allowed (0.05)")
     a("--draws", type=int, choices=(1, 2, 3), help="independent constraint draws a step (3)")
-    a("--reference", choices=("population", "balanced"), help="what loss and overall rate are averages over (population)")
+    a("--reference", choices=("population", "balanced"), help="what loss and overall rate average over (population)")
     a("--evaluations", type=whole("evaluations"), help="points of the curves (40)")
     a("--out", metavar="FOLDER", help="where results go (./runs)")
-    a("--resume", nargs="?", const="", metavar="RUN", help="go on with a run that was interrupted (the newest in ./runs)")
+    a("--resume", nargs="?", const="", metavar="RUN", help="go on with an interrupted run (the newest in ./runs)")
     return p
 
-# %% ../nbs/50_cli.ipynb #9a4cc892
+# %% ../nbs/50_cli.ipynb #5585747b
 def _start(options: dict) -> tuple[Path, dict]:
     "A new folder for a run, and its configuration"
     folder = Path(options["out"]) / f"acs-{options['state']}-{time.strftime('%Y%m%d-%H%M%S')}"
     n = 1
     while folder.exists():
         n, folder = n + 1, folder.with_name(f"{folder.name.split('_')[0]}_{n}")
-    config = {"options": options, "hctrain": __version__, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    config = {"options": options, "hctrain": __version__, "torch": torch.__version__,
+              "python": platform.python_version(), "machine": platform.machine()}
     try:
         folder.mkdir(parents=True)
     except OSError as e:
-        raise OSError(f"expected a folder that can be written for --out, got {options['out']} ({e.strerror}): choose another") from e
+        raise OSError(f"expected a folder that can be written for --out, got {options['out']} ({e.strerror}): "
+                      "choose another") from e
     write_atomically(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     return folder, config
 
 def _again(given: dict) -> tuple[Path, dict]:
     "The folder and configuration of a run to go on with"
     if others := sorted(given.keys() - {"resume"}):
-        raise ValueError(f"expected --resume alone, got --{others[0].replace('_', '-')} too: a run goes on with the options it began with")
+        raise ValueError(f"expected --resume alone, got --{others[0].replace('_', '-')} too: "
+                         "a run goes on with the options it began with")
     runs = sorted(Path("runs").glob("acs-*/config.json"), key=lambda f: f.stat().st_mtime)
     if not given["resume"] and not runs:
         raise FileNotFoundError("expected a run in ./runs to resume, got none: name its folder")
@@ -98,7 +102,7 @@ def _again(given: dict) -> tuple[Path, dict]:
     except (OSError, json.JSONDecodeError) as e:
         raise ValueError(f"expected a run with a config.json in {file.parent}, got {type(e).__name__}") from None
 
-# %% ../nbs/50_cli.ipynb #1c106dda
+# %% ../nbs/50_cli.ipynb #db1fa342
 def acs(
     given: dict # Options by name, those that were given
 ) -> int:
@@ -108,7 +112,7 @@ def acs(
     folder, config = _again(given) if "resume" in given else (None, {"options": DEFAULTS | given})
     o = config["options"]
     o["seconds"] = 20. if o["seconds"] is None and o["steps"] is None else o["seconds"]
-    setting = Setting(**{k: o[k] for k in ("seconds", "steps", "seeds", "per_group", "bound", "draws", "reference", "evaluations")})
+    setting = Setting(**{k: o[k] for k in asdict(Setting())})
     if unknown := [n for n in o["algorithms"] if n not in ALGORITHMS]:
         raise ValueError(f"expected --algorithms among {', '.join(ALGORITHMS)}, got {unknown[0]}")
     data = load_acs(o["data"], state=o["state"], protected=o["protected"], download=o["download"])
@@ -121,7 +125,8 @@ def acs(
         print(f"Interrupted; what was done is kept. Go on with: hctrain acs --resume {folder}", flush=True)
         return 130
     files = save(runs, folder, setting, data.group_names, f"ACSIncome, {data.name}")
-    print(f"\n{table(runs).T.to_string()}\n\nLast iterates, largest gap over groups, bound {setting.bound:g}. In {folder}: {', '.join(files)}")
+    print(f"\n{table(runs).T.to_string()}\n\nLast iterates, largest gap over groups, bound {setting.bound:g}. "
+          f"In {folder}: {', '.join(files)}")
     return 0
 
 # %% ../nbs/50_cli.ipynb #cf5e5b06

@@ -70,7 +70,7 @@ def readable(t: Tensor) -> bool:
     "Whether a check may read `t` back: on the CPU, in eager mode, outside `torch.func` transforms"
     return t.is_cpu and not torch.compiler.is_compiling() and not _wrapped(t)
 
-# %% ../nbs/01_constraints.ipynb #d8dacbac
+# %% ../nbs/01_constraints.ipynb #214842b7
 def binary_labels(
     y: Tensor | None,  # Labels 0 or 1, shape (n,)
     z: Tensor,         # Logits, shape (n,)
@@ -80,7 +80,7 @@ def binary_labels(
         got = "none" if y is None else f"shape {tuple(y.shape)}"
         raise ValueError(f"expected labels of shape {tuple(z.shape)}, one a logit, got {got}: pass batch.y as a vector")
     y = y if y.dtype == z.dtype else y.to(z.dtype)
-    if readable(y) and not torch.equal(y, y.bool().to(y.dtype)):
+    if readable(y) and not torch.equal(y, y * y):
         bad = y[(y != 0) & (y != 1)][0].item()
         raise ValueError(f"expected labels 0 or 1, got {bad:g}: recode the labels, and drop rows without one")
     return y
@@ -272,7 +272,7 @@ def complaint(name: str, rates: Rates, absent: str) -> str:
     return (f"expected finite values, got {name} that is NaN or infinite in groups {bad}: "
             "look at the logits, and lower the step size")
 
-# %% ../nbs/01_constraints.ipynb #f92c4f61
+# %% ../nbs/01_constraints.ipynb #af42c5c3
 class GapMatrix:
     "The matrix D of @eq-matrix for group codes that come again"
     def __init__(self, n_groups: int, reference, weights: GroupWeights | None):
@@ -304,9 +304,9 @@ class GapMatrix:
         if not isinstance(self.reference, str):
             return D
         w = torch.ones_like(n) if self.weights is None else self.weights(p)
-        return D - w @ member / (w @ n)
+        return (D - w @ member / (w @ n)).contiguous()
 
-# %% ../nbs/01_constraints.ipynb #1e10cc4a
+# %% ../nbs/01_constraints.ipynb #261ca9d0
 class RateGap:
     "Gaps of group rates as constraints: `gaps(out, batch)` gives c of shape (m,), wanted <= 0, Eq. (3)"
     def __init__(self,
@@ -333,8 +333,8 @@ class RateGap:
         if hasattr(self.statistic, "rows") and self.absent != "carry":
             p = self.statistic.rows(out, batch.y, self.hard)
             if (D := self.matrix(batch.g, p)) is not None:
-                c = self.bounded(D @ p - (0 if isinstance(self.reference, (str, Integral)) else self.reference))
-                if not readable(c) or math.isfinite(c.sum().item()):
+                c = self.bounded(D @ p if isinstance(self.reference, (str, Integral)) else D @ p - self.reference)
+                if not readable(c) or math.isfinite(c.detach().sum().item()):
                     return c
         return self.from_rates(self.statistic(out, batch.g, batch.y, self.n_groups, hard=self.hard))
 
