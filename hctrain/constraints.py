@@ -272,15 +272,22 @@ def complaint(name: str, rates: Rates, absent: str) -> str:
     return (f"expected finite values, got {name} that is NaN or infinite in groups {bad}: "
             "look at the logits, and lower the step size")
 
-# %% ../nbs/01_constraints.ipynb #af42c5c3
+# %% ../nbs/01_constraints.ipynb #bac3c52d
 class GapMatrix:
     "The matrix D of @eq-matrix for group codes that come again"
     def __init__(self, n_groups: int, reference, weights: GroupWeights | None):
         self.n_groups, self.reference, self.weights = n_groups, reference, weights
         self.codes, self.version, self.matrix = None, -1, None
 
+    def gaps(self, statistic, out: Tensor, batch, hard: bool) -> Tensor | None:
+        "Signed gaps of the groups, shape (G,), or None where the plain way should be taken"
+        p = statistic.rows(out, batch.y, hard) if hasattr(statistic, "rows") else None
+        if p is None or (D := self(batch.g, p)) is None:
+            return None
+        return D @ p if isinstance(self.reference, (str, Integral)) else D @ p - self.reference
+
     def __call__(self, g: Tensor, p: Tensor) -> Tensor | None:
-        "D in the dtype of `p`, shape (G, n), or None where the plain way should be taken"
+        "D in the dtype of `p`, shape (G, n), or None"
         if torch.compiler.is_compiling() or _wrapped(p) or g.is_inference() or g.shape != p.shape:
             return None
         if g is not self.codes or g._version != self.version:
@@ -306,7 +313,7 @@ class GapMatrix:
         w = torch.ones_like(n) if self.weights is None else self.weights(p)
         return (D - w @ member / (w @ n)).contiguous()
 
-# %% ../nbs/01_constraints.ipynb #261ca9d0
+# %% ../nbs/01_constraints.ipynb #c116d058
 class RateGap:
     "Gaps of group rates as constraints: `gaps(out, batch)` gives c of shape (m,), wanted <= 0, Eq. (3)"
     def __init__(self,
@@ -330,12 +337,10 @@ class RateGap:
 
     def __call__(self, out: Tensor, batch) -> Tensor:
         "Constraints of one batch, which has `.g` and `.y`"
-        if hasattr(self.statistic, "rows") and self.absent != "carry":
-            p = self.statistic.rows(out, batch.y, self.hard)
-            if (D := self.matrix(batch.g, p)) is not None:
-                c = self.bounded(D @ p if isinstance(self.reference, (str, Integral)) else D @ p - self.reference)
-                if not readable(c) or math.isfinite(c.detach().sum().item()):
-                    return c
+        if self.absent != "carry" and (d := self.matrix.gaps(self.statistic, out, batch, self.hard)) is not None:
+            c = self.bounded(d)
+            if not readable(c) or math.isfinite(c.detach().sum().item()):
+                return c
         return self.from_rates(self.statistic(out, batch.g, batch.y, self.n_groups, hard=self.hard))
 
     def bounded(self, d: Tensor) -> Tensor:
