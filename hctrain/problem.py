@@ -68,7 +68,7 @@ def least_squares_multipliers(
             y[i] = yi if eq[i] else yi.clamp(min=0)
     return y
 
-# %% ../nbs/00_problem.ipynb #7a494f3b
+# %% ../nbs/00_problem.ipynb #d04f1343
 @dataclass(frozen=True, eq=False)
 class Toy:
     "A small stochastic constrained problem with a known solution"
@@ -87,7 +87,8 @@ class Toy:
 
     def to(self, dtype: torch.dtype) -> Toy:
         "The same problem in another precision"
-        return Toy(self.name, self.x0.to(dtype), self.f, self.c, self.x_star.to(dtype), self.y_star.to(dtype), self.equality)
+        x0, x_star, y_star = (t.to(dtype) for t in (self.x0, self.x_star, self.y_star))
+        return Toy(self.name, x0, self.f, self.c, x_star, y_star, self.equality)
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "Four independent draws: `xi` for the objective, `z0`, `z1`, `z2` for the constraints"
@@ -122,12 +123,12 @@ def toys(
             f=lambda x, xi: ((x - x.new_tensor([2., 0, 0, 0, 0])) ** 2).sum() / 2 + sigma * (xi * x).sum(),
             c=lambda x, zeta: (1 + sigma * zeta) * (x ** 2).sum() - 1))}
 
-# %% ../nbs/00_problem.ipynb #96175337
+# %% ../nbs/00_problem.ipynb #a94cf0e0
 def noisy_toy(
     sigma: float = 1.,  # Standard deviation of the factor that multiplies x in the constraint
     copies: int = 1     # Independent copies side by side, one constraint each, to see a spread in one run
 ) -> Toy:
-    "Minimise (x - 2)²/2 subject to E[(1 + sigma zeta) x] <= 1: x* = 1, y* = 1, and a sample that is used twice is punished"
+    "Minimise (x - 2)²/2 subject to E[(1 + sigma zeta) x] <= 1: x* = 1, y* = 1; a sample used twice is punished"
     one = torch.ones(copies, dtype=torch.float64)
     return Toy("noisy", 0 * one, x_star=one, y_star=one, equality=one < 0,
                f=lambda x, xi: ((x - 2) ** 2).sum() / 2, c=lambda x, zeta: (1 + sigma * zeta) * x - 1)
