@@ -23,22 +23,20 @@ SCHEDULES: dict[str, Callable[[float, int], float]] = {                         
     "sqrt":     lambda tol, k: tol / math.sqrt(k),                               # ε_k = ε_1 / √k
     "constant": lambda tol, k: tol}                                              # ε_k = ε_1
 
-# %% ../nbs/06_switching.ipynb #aa2ffb64
-def _choice(name: str, value: str, known: Iterable[str]) -> None:
-    "Refuse a name that is not known"
-    if value not in known:
-        raise ValueError(f"expected {name} to be one of {', '.join(map(repr, known))}, got {value!r}")
-
-class _Branches:
-    "The constraint's own torch optimizer, and the form without a branch"
+# %% ../nbs/06_switching.ipynb #68df1d43
+class _SecondOptimizer:
+    "The constraint's own torch optimizer"
     def second(self, lr: float, constraint_lr: float, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
         "The optimizer of the constraint's branch"
-        self.ratio, self.plain = (constraint_lr / lr if lr and isinstance(self.primal, Descent) else None), optimizer is None
+        self.plain = optimizer is None
+        self.ratio = constraint_lr / lr if lr and isinstance(self.primal, Descent) else None
         if optimizer is None:
             return Descent([self.other_group(g) for g in self.param_groups], lr=constraint_lr)
-        mine, its = ({id(p) for g in groups for p in g["params"]} for groups in (self.param_groups, optimizer.param_groups))
+        tensors = lambda groups: {id(p) for g in groups for p in g["params"]}
+        mine, its = tensors(self.param_groups), tensors(optimizer.param_groups)
         if mine != its:
-            raise ValueError(f"expected constraint_optimizer over the same {len(mine)} tensors, got {len(its)}, not all the same")
+            raise ValueError(f"expected constraint_optimizer over the same {len(mine)} tensors, got {len(its)}, "
+                             "not all the same")
         return optimizer
 
     def other_group(self, group: dict) -> dict:
@@ -53,11 +51,15 @@ class _Branches:
         "The step on the constraint, of the first group"
         return self.optimizers[1].param_groups[0]["lr"]
 
+# %% ../nbs/06_switching.ipynb #40415e32
+class _Branchless:
+    "The form without a branch"
     def may_be_branchless(self, wanted: bool | None) -> bool:
         "Whether the branch stays on the device"
         possible = self.plain and self.ratio is not None and self.output == "last"
         if wanted and not possible:
-            raise ValueError("expected plain parameters, lr > 0 and output='last' with branchless=True, got others: leave branchless out")
+            raise ValueError("expected plain parameters, lr > 0 and output='last' with branchless=True, got others: "
+                             "leave branchless out")
         return possible and self.deferred if wanted is None else bool(wanted)
 
     def finite_now(self, **tensors: Tensor) -> None:
@@ -67,11 +69,12 @@ class _Branches:
 
     def rescale(self, g: dict, x: list[Tensor], grads: list[Tensor], ok: Tensor | None) -> None:
         "G ← G η_c / η_f where the constraint was chosen, for one step with η_f (a group with η_f = 0 stays)"
-        other = next(o for mine, o in zip(self.param_groups, self.optimizers[1].param_groups, strict=True) if mine is g)
+        pairs = zip(self.param_groups, self.optimizers[1].param_groups, strict=True)
+        other = next(other for mine, other in pairs if mine is g)
         scale = torch.where(self.violated, other["lr"] / g["lr"] if g["lr"] else 0., 1.).to(grads[0])
         torch._foreach_mul_(grads, masked(scale, self.ok))
 
-# %% ../nbs/06_switching.ipynb #053f7553
+# %% ../nbs/06_switching.ipynb #5cee3661
 class _RandomIterate:
     "A step-weighted random feasible iterate, kept in one copy of the weights"
     def candidate(self) -> tuple[float, list[Tensor] | None]:
@@ -94,26 +97,33 @@ class _RandomIterate:
     def use_output(self) -> int:
         "Put the random feasible iterate into the parameters; the step it is from"
         if not self.kept:
-            raise RuntimeError(f"expected a feasible step to choose from, got none in {self.k}: train longer, with output='random'")
+            raise RuntimeError(f"expected a feasible step to choose from, got none in {self.k}: "
+                               "train longer, with output='random'")
         for p in (p for g in self.param_groups for p in g["params"]):
             p.copy_(self.state[p]["kept"])
         return self.kept
 
-# %% ../nbs/06_switching.ipynb #0b9c7898
-class SwitchingSubgradient(_Branches, _RandomIterate, ConstrainedOptimizer):
+# %% ../nbs/06_switching.ipynb #13b95c58
+def _choice(name: str, value: str, known: Iterable[str]) -> None:
+    "Refuse a name that is not known"
+    if value not in known:
+        raise ValueError(f"expected {name} to be one of {', '.join(map(repr, known))}, got {value!r}")
+
+# %% ../nbs/06_switching.ipynb #fe1ad21d
+class SwitchingSubgradient(_SecondOptimizer, _Branchless, _RandomIterate, ConstrainedOptimizer):
     "Stochastic switching subgradient method, Huang and Lin (NeurIPS 2023), as run in arXiv 2509.21254"
     saved, knobs = ("k", "eps", "tol", "schedule", "total", "kept"), ("constraint_lr", "tol", "schedule", "output")
     claims, lazy = frozenset({"optimizer"}), True
     def __init__(self,
-        params: Iterable | torch.optim.Optimizer,  # Parameters, parameter groups, or a torch optimizer for the objective's branch; x
+        params: Iterable | torch.optim.Optimizer,  # Parameters, parameter groups, or the objective's torch optimizer; x
         m: int,                                    # Number of constraints
         lr: float = 0.01,                          # Step on the objective
         constraint_lr: float = 0.01,               # Step on the worst constraint
         tol: float = 0.1,                          # First tolerance
         schedule: str = "sqrt",                    # How it falls: `"sqrt"`, `"constant"` or `"literal"`
         project: Callable | None = None,           # Projects a list of tensors onto X, in place
-        constraint_optimizer: torch.optim.Optimizer | None = None,  # For the constraint's branch; plain descent if there is none
-        branchless: bool | None = None,            # Never read the branch back; by default on an accelerator, with plain parameters
+        constraint_optimizer: torch.optim.Optimizer | None = None,  # For the constraint's branch; None is plain descent
+        branchless: bool | None = None,            # Never read the branch back; None: with plain parameters on a device
         output: str = "last",                      # `"last"`, or `"random"` for the theory's iterate, see `use_output`
         start: int = 0,                            # Steps after which an iterate may be the random one
         seed: int = 0                              # Of that choice
