@@ -40,14 +40,26 @@ def is_finite(
     "Whether all entries are finite; reads one number back"
     return math.isfinite(t.sum().item()) or bool(t.isfinite().all())
 
-# %% ../nbs/04_optimizer.ipynb #9d5f81e5
+# %% ../nbs/04_optimizer.ipynb #412968f2
 class Descent(torch.optim.Optimizer):
     "Plain gradient descent, x ← x − τ G, with τ as the `lr` of each group"
     def __init__(self,
-        params: Iterable,  # Parameters or parameter groups
-        lr: float          # Step τ
+        params: Iterable,              # Parameters or parameter groups
+        lr: float,                     # Step τ
+        options: tuple[str, ...] = ()  # Other options that a group may have
     ):
+        self.known = {"params", "lr", "initial_lr", "param_names", *options}
         super().__init__(params, dict(lr=lr))
+
+    def add_param_group(self, group: dict) -> None:
+        "Add a group; an option that would do nothing is refused"
+        if isinstance(group, dict) and (unknown := sorted(group.keys() - self.known)):
+            raise ValueError(f"expected options among {', '.join(sorted(self.known))} in a parameter group, "
+                             f"got {unknown[0]}: pass a torch optimizer that has it")
+        super().add_param_group(group)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "known": self.known}
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
@@ -132,12 +144,13 @@ class _Finite:
                                      "those changes were left out; look at the batches, lower the step sizes or "
                                      "clip the gradient")
 
-# %% ../nbs/04_optimizer.ipynb #e300c89c
+# %% ../nbs/04_optimizer.ipynb #ff531cc2
 class _FiniteGradients:
     "The same for gradients"
     def finite_gradients(self, grads: list[Tensor]) -> Tensor | None:
         "Whether a list of gradients is finite, by the kernel with which GradScaler looks for NaN (at scale 1)"
-        torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found, self._one)
+        if grads:
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found, self._one)
         if not self.deferred and not self._found.item():
             return None
         found = torch.where(self._found > 0, math.nan, 0.)
@@ -233,7 +246,7 @@ class _Groups:
             if x := [p for p in g["params"] if p.grad is not None]:
                 yield g, x, [p.grad for p in x]
 
-# %% ../nbs/04_optimizer.ipynb #ec749681
+# %% ../nbs/04_optimizer.ipynb #4539e2ef
 class _LateGroups:
     "Groups that are added after the start"
     def add_param_group(self, group: dict) -> None:
@@ -241,12 +254,12 @@ class _LateGroups:
         if not isinstance(group, dict):
             raise TypeError(f"expected a parameter group as a dict, got {type(group).__name__}: "
                             "pass dict(params=[...])")
-        check_numbers(**{name: group.get(name, v) for name, v in {"lr": 0., **self.defaults}.items()})
+        check_numbers(**{name: group.get(name, v) for name, v in {"lr": 0., **self.options}.items()})
         if not any(group is g for g in self.param_groups):
             group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
             for o in self.optimizers:
                 o.add_param_group(group if o is self.primal else self.other_group(group))
-        for name, v in self.defaults.items():
+        for name, v in self.options.items():
             group.setdefault(name, v)
 
     def other_group(self, group: dict) -> dict:
@@ -278,15 +291,16 @@ class _Smooth:
             torch._foreach_lerp_(z, x, g["beta"] if ok is None else [(g["beta"] * ok).to(zi) for zi in z])
         return force, lambda: [follow(*args) for args in late.values()]
 
-# %% ../nbs/04_optimizer.ipynb #53d79e2e
+# %% ../nbs/04_optimizer.ipynb #0a683853
 class _Descend:
     "The primal step"
     def descend(self, optimizer: torch.optim.Optimizer, closure: Callable | None, force: Callable | None = None):
         "One step of a torch optimizer on checked gradients plus the method's force, then the projection"
         def evaluate():
             loss = None if closure is None else torch.enable_grad()(closure)()
-            for g, x, grads in self.groups():
-                ok = self.finite_gradients(grads)
+            groups = list(self.groups())
+            ok = self.finite_gradients([grad for *_, grads in groups for grad in grads])
+            for g, x, grads in groups:
                 if force is not None:
                     force(g, x, grads, ok)
                 for grad in grads if ok is not None else ():
@@ -307,12 +321,13 @@ class _Shown:
         text = ", ".join(f"{k}={v!r}" for k, v in knobs.items())
         return f"{type(self).__name__}({text}){inside}\n{super().__repr__()}"
 
-# %% ../nbs/04_optimizer.ipynb #59fe7c00
+# %% ../nbs/04_optimizer.ipynb #41cff368
 class ConstrainedOptimizer(_Values, _Losses, _Finite, _FiniteGradients, _State, _StateCheck, _Copies, _Groups,
                            _LateGroups, _Smooth, _Descend, _Shown, torch.optim.Optimizer):
     "Base of every algorithm: torch optimizers for the weights, and vectors of shape (m,) for the constraints"
     saved: tuple[str, ...] = ()           # attributes that a state dict carries
     knobs: tuple[str, ...] = ()           # attributes that its repr shows; `saved` if there are none
+    group_options: tuple[str, ...] = ()   # options that a group may have besides those with a default
     lazy: bool = False                    # whether it calls only one of f and c1 a step, and never needs c2
     claims: frozenset[str] = frozenset()  # of "equality", "multipliers", "optimizer": what the battery may try
     def __init__(self,
@@ -328,9 +343,10 @@ class ConstrainedOptimizer(_Values, _Losses, _Finite, _FiniteGradients, _State, 
             raise TypeError(f"expected parameters or a torch optimizer, got {type(params).__name__}: "
                             "constrained optimizers do not nest")
         check_numbers(lr=lr, **options)
-        self.m, self.project = m, project
-        self.optimizers = [params if isinstance(params, torch.optim.Optimizer) else Descent(params, lr=lr)]
-        super().__init__(self.primal.param_groups, options)
+        self.m, self.project, self.options = m, project, options
+        wrapped = isinstance(params, torch.optim.Optimizer)
+        self.optimizers = [params if wrapped else Descent(params, lr, (*options, *self.group_options))]
+        super().__init__(self.primal.param_groups, dict(options))
         p = self.param_groups[0]["params"][0]
         self.device, self.dtype = p.device, torch.promote_types(p.dtype, torch.float32)
         self.deferred = p.device.type != "cpu"
@@ -498,7 +514,7 @@ def _refuses_states(make):
         _refused(lambda s=state: a.opt.load_state_dict(s), a, "a state that does not fit", ValueError)
     require(_same(a.state(), before), "a refused state changed something")
 
-# %% ../nbs/04_optimizer.ipynb #74f8aa47
+# %% ../nbs/04_optimizer.ipynb #07cf5679
 @_rule
 def _groups(make):
     "treats parameter groups as torch does, those added late too"
@@ -510,6 +526,11 @@ def _groups(make):
     b.opt.add_param_group({"params": [b.b]})
     require(_same(b.run(0, 1, 2).state()[:2], _Model(make).run(0, 1, 2).state()[:2]),
             "a group added before training is not trained like one given at the start")
+    c = copy.deepcopy(_Model(make, params=lambda w, b: [w]).run(0))
+    c.opt.load_state_dict(c.opt.state_dict())
+    c.opt.add_param_group({"params": [c.b]})
+    before = c.b.detach().clone()
+    require(not torch.equal(c.run(1, 2).b, before), "a group added after loading and copying is not trained")
 
 # %% ../nbs/04_optimizer.ipynb #e94f2fea
 @_rule
@@ -606,7 +627,7 @@ def _refuses_values(make):
         _refused(lambda bad=bad: a.opt.lagrangian(f, bad, c2), a, f"c1: {what}", error)
     _refused(lambda: a.opt.lagrangian(f, c1.detach(), c2), a, "c1 without a graph", ValueError)
 
-# %% ../nbs/04_optimizer.ipynb #787df1c5
+# %% ../nbs/04_optimizer.ipynb #c2afd130
 @_rule
 def _refuses_losses(make):
     "refuses losses and gradients that make no sense and changes nothing"
@@ -616,9 +637,10 @@ def _refuses_losses(make):
     for what, bad, error in (("unreduced", f[None], ValueError), ("NaN", f * math.nan, FloatingPointError),
                              ("detached", f.detach(), ValueError), ("a number", 1., TypeError)):
         _refused(lambda bad=bad: a.opt.lagrangian(bad, c1, c2), a, f"loss: {what}", error)
+    a = _Model(make, params=lambda w, b: [{"params": [w]}, {"params": [b]}]).run(0, 1)
     a.backward(3)
     a.b.grad[0] = math.nan
-    _refused(a.opt.step, a, "a gradient with NaN", FloatingPointError)
+    _refused(a.opt.step, a, "a gradient with NaN in the second group", FloatingPointError)
 
 # %% ../nbs/04_optimizer.ipynb #fa783f0b
 @_rule

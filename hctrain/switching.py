@@ -109,11 +109,12 @@ def _choice(name: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, known))}, got {value!r}")
 
-# %% ../nbs/06_switching.ipynb #fe1ad21d
+# %% ../nbs/06_switching.ipynb #309ba5bc
 class SwitchingSubgradient(_SecondOptimizer, _Branchless, _RandomIterate, ConstrainedOptimizer):
     "Stochastic switching subgradient method, Huang and Lin (NeurIPS 2023), as run in arXiv 2509.21254"
     saved, knobs = ("k", "eps", "tol", "schedule", "total", "kept"), ("constraint_lr", "tol", "schedule", "output")
     claims, lazy = frozenset({"optimizer"}), True
+    group_options = ("constraint_lr",)
     def __init__(self,
         params: Iterable | torch.optim.Optimizer,  # Parameters, parameter groups, or the objective's torch optimizer; x
         m: int,                                    # Number of constraints
