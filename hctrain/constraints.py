@@ -272,7 +272,7 @@ def complaint(name: str, rates: Rates, absent: str) -> str:
     return (f"expected finite values, got {name} that is NaN or infinite in groups {bad}: "
             "look at the logits, and lower the step size")
 
-# %% ../nbs/01_constraints.ipynb #bac3c52d
+# %% ../nbs/01_constraints.ipynb #b7e775ab
 class GapMatrix:
     "The matrix D of @eq-matrix for group codes that come again"
     def __init__(self, n_groups: int, reference, weights: GroupWeights | None):
@@ -288,13 +288,10 @@ class GapMatrix:
 
     def __call__(self, g: Tensor, p: Tensor) -> Tensor | None:
         "D in the dtype of `p`, shape (G, n), or None"
-        if torch.compiler.is_compiling() or _wrapped(p) or g.is_inference() or g.shape != p.shape:
+        if torch.compiler.is_compiling() or _wrapped(p) or not getattr(g, "comes_again", False) or g.shape != p.shape:
             return None
-        if g is not self.codes or g._version != self.version:
-            self.codes, self.version, self.matrix = g, g._version, None
-            return None
-        if self.matrix is None or self.matrix.dtype != p.dtype:
-            self.matrix = self.make(g, p)
+        if g is not self.codes or g._version != self.version or self.matrix.dtype != p.dtype:
+            self.codes, self.version, self.matrix = g, g._version, self.make(g, p)
         return self.matrix if len(self.matrix) else None
 
     def make(self, g: Tensor, p: Tensor) -> Tensor:

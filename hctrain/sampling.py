@@ -206,7 +206,7 @@ def _checked(x: Tensor, y: Tensor, g: Tensor) -> Batch:
             raise ValueError(f"expected finite values in {name}, got NaN or infinity: drop or fill the rows without")
     return Batch(x.detach(), y, g.detach())
 
-# %% ../nbs/02_sampling.ipynb #e9f8e3c4
+# %% ../nbs/02_sampling.ipynb #b9747a90
 class Streams(Draws):
     "Independent streams of balanced batches from tensors in memory: `for xi, z0, z1, z2 in streams`"
     def __init__(self,
@@ -237,6 +237,7 @@ class Streams(Draws):
         if self._g is None:
             with torch.inference_mode(False):  # only an ordinary tensor counts the writes into it
                 self._g = torch.arange(self.n_groups, device=self.device).repeat_interleave(self.per_group)
+            self._g.comes_again = True  # `RateGap` may keep what it knows of it
         if self._g._version:
             raise ValueError("expected the group codes of a balanced batch as drawn, got them changed in place: "
                              "clone batch.g before writing into it, since all batches share it")
