@@ -273,7 +273,7 @@ def _read(path: Path, names: set[str]) -> dict:
                          "resume with what it was saved with")
     return state
 
-# %% ../nbs/21_train.ipynb #2e873151
+# %% ../nbs/21_train.ipynb #768123e9
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     "A function that says whether Ctrl-C was pressed; a second time interrupts at once"
@@ -288,7 +288,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(pressed)
     finally:
         if main:
-            signal.signal(signal.SIGINT, old)
+            signal.signal(signal.SIGINT, old or signal.default_int_handler)
 
 # %% ../nbs/21_train.ipynb #24be3426
 def _tqdm() -> Callable | None:
