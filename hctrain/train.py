@@ -301,7 +301,7 @@ def _tqdm() -> Callable | None:
         return None
     return tqdm
 
-# %% ../nbs/21_train.ipynb #2c78c506
+# %% ../nbs/21_train.ipynb #0a05bd4b
 class Progress:
     "A progress bar in hundredths of the budget, or nothing without tqdm"
     def __init__(self,
@@ -313,13 +313,13 @@ class Progress:
                             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
 
     def show(self, spent: float, values: dict | None = None) -> None:
-        "Move the bar; show the numbers among the values"
+        "Move the bar; show the first four values, of vectors the largest"
         now = time.perf_counter()
         if self.bar is not None and (values is not None or now - self.last > .2):
             self.last, self.bar.n = now, min(100., round(100 * spent, 1))
             if values is not None:
-                numbers = {k: f"{v:.3f}" for k, v in values.items() if isinstance(v, float)}
-                self.bar.set_postfix(numbers, refresh=False)
+                first = {k: f"{np.max(np.asarray(v)):.3f}" for k, v in list(values.items())[:4]}
+                self.bar.set_postfix(first, refresh=False)
             self.bar.refresh()
 
     def close(self) -> None:
