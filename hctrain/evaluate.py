@@ -39,7 +39,7 @@ def evaluating(
             for module, mode in modes.items():
                 module.training = mode
 
-# %% ../nbs/20_evaluate.ipynb #88cae0c4
+# %% ../nbs/20_evaluate.ipynb #99923acc
 def chunks(
     data: Batch | Iterable[Batch],  # All rows, or batches of them
     size: int = 8192,               # Largest number of rows at a time
@@ -48,6 +48,9 @@ def chunks(
     if size < 1:
         raise ValueError(f"expected chunks of one row or more, got {size}: 8192 suits most processors")
     for batch in [data] if hasattr(data, "x") else data:
+        if not len(batch.x) == len(batch.y) == len(batch.g):
+            rows = [len(t) for t in (batch.x, batch.y, batch.g)]
+            raise ValueError(f"expected as many rows in x, y and g, got {rows}: give parts that belong together")
         for i in range(0, len(batch.y), size):
             yield Batch(batch.x[i:i + size], batch.y[i:i + size], batch.g[i:i + size])
 
@@ -190,7 +193,7 @@ def verdicts(
     low, high = rates.gap_interval
     return ["within" if h <= bound else "outside" if a > bound else "open" for a, h in zip(low.tolist(), high.tolist())]
 
-# %% ../nbs/20_evaluate.ipynb #806648ec
+# %% ../nbs/20_evaluate.ipynb #b3a9c473
 def evaluate(
     model: Callable,                                  # A network: features -> logits
     data: Batch | Iterable[Batch],                    # All rows, or batches of them
@@ -201,6 +204,8 @@ def evaluate(
     chunk: int = 8192,                                # Rows that go through the network at a time
 ) -> Evaluation:
     "Evaluate on all rows, in one pass, soft and hard, for all groups together; training does not notice"
+    if not 0 <= bound < math.inf:
+        raise ValueError(f"expected a finite bound of at least 0, got {bound}: pass the largest gap that is wanted")
     if not 0 < level < 1:
         raise ValueError(f"expected a level between 0 and 1, got {level}: 0.95 is customary")
     if n_groups is None:

@@ -59,17 +59,28 @@ class Box:
             torch._foreach_clamp_max_(xs, self.high)
         return xs
 
-# %% ../nbs/03_projection.ipynb #50a54368
+# %% ../nbs/03_projection.ipynb #0ce9a964
 def _norms(xs, dim):
     "Euclidean norm of the whole list (a list of one scalar), or of each slice along dim (a tensor each)"
     if dim is None:
-        return [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(xs)))]
-    return [torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in xs]
+        return [torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(_single(x)) for x in xs]))]
+    return [torch.linalg.vector_norm(_single(x), dim=dim, keepdim=True) for x in xs]
+
+def _single(x):
+    "In float32 or better: half precision overflows in a sum of squares, and loses small terms in a long sum"
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def _back(xs, work):
+    "Take over what was worked out in float32"
+    for x, w in zip(xs, work, strict=True):
+        if x is not w:
+            x.copy_(w)
+    return xs
 
 
 def _share(values, xs):
-    "One value a tensor: a value of the whole list is repeated"
-    return values * (len(xs) // len(values))
+    "One value a tensor, in its dtype: a value of the whole list is repeated"
+    return [v.to(x.dtype) for v, x in zip(values * (len(xs) // len(values)), xs, strict=True)]
 
 # %% ../nbs/03_projection.ipynb #cb84e810
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ def _levels(xs, total, dim):
         levels.append(((sums - total) / k).amax(-1, keepdim=True).movedim(-1, d))
     return levels
 
-# %% ../nbs/03_projection.ipynb #94be1d6d
+# %% ../nbs/03_projection.ipynb #ffff28b7
 @dataclass(frozen=True)
 class Simplex:
     "Non-negative entries with a fixed sum: project a list of tensors on a simplex, in place"
@@ -111,11 +122,12 @@ class Simplex:
     @torch.no_grad()
     def __call__(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         xs = _floats(tensors, self.dim)
-        torch._foreach_sub_(xs, _share(_levels(xs, self.total, self.dim), xs))
-        torch._foreach_clamp_min_(xs, 0)
-        return xs
+        work = [_single(x) for x in xs]                     # the tensors themselves, but for half precision
+        torch._foreach_sub_(work, _share(_levels(work, self.total, self.dim), work))
+        torch._foreach_clamp_min_(work, 0)
+        return _back(xs, work)
 
-# %% ../nbs/03_projection.ipynb #40e10456
+# %% ../nbs/03_projection.ipynb #e80634cf
 @dataclass(frozen=True)
 class L1Ball:
     "Sum of absolute values at most `radius`: project a list of tensors on an L1 ball, in place"
@@ -128,10 +140,11 @@ class L1Ball:
     @torch.no_grad()
     def __call__(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         xs = _floats(tensors, self.dim)
-        levels = _levels([x.abs() for x in xs], self.radius, self.dim)
-        for x, t in zip(xs, _share([t.clamp(min=0) for t in levels], xs)):
+        work = [_single(x) for x in xs]
+        levels = _levels([x.abs() for x in work], self.radius, self.dim)
+        for x, t in zip(work, _share([t.clamp(min=0) for t in levels], work)):
             x.sub_(x.clamp(-t, t))
-        return xs
+        return _back(xs, work)
 
 # %% ../nbs/03_projection.ipynb #85516dd0
 @dataclass(frozen=True)
@@ -185,7 +198,7 @@ class Each:
                 project([x])
         return xs
 
-# %% ../nbs/03_projection.ipynb #15e6ad3d
+# %% ../nbs/03_projection.ipynb #8c08982e
 @dataclass(frozen=True, eq=False)
 class Around:
     "A set moved to a centre: project a list of tensors on centre + set, in place"
@@ -198,11 +211,12 @@ class Around:
         if [x.shape for x in xs] != [c.shape for c in centre]:
             raise ValueError(f"expected tensors shaped like the centre, {[tuple(c.shape) for c in centre]}, got "
                              f"{[tuple(x.shape) for x in xs]}: give the centre's tensors in the same order")
-        moved = self.set(torch._foreach_sub(xs, centre))
+        moved = torch._foreach_sub(xs, centre)
+        self.set(moved)
         torch._foreach_copy_(xs, torch._foreach_add(moved, centre))
         return xs
 
-# %% ../nbs/03_projection.ipynb #23b8cd2f
+# %% ../nbs/03_projection.ipynb #8f74e37c
 @dataclass(frozen=True)
 class Intersection:
     "Several sets at once: project a list of tensors on their common points by Dykstra's algorithm, in place"
@@ -220,12 +234,12 @@ class Intersection:
         for _ in range(self.sweeps):
             for i, project in enumerate(self.sets):
                 y = torch._foreach_add(x, memory[i])
-                x = project([v.clone() for v in y])
+                project(x := [v.clone() for v in y])
                 memory[i] = torch._foreach_sub(y, x)
         torch._foreach_copy_(xs, x)
         return xs
 
-# %% ../nbs/03_projection.ipynb #4c40b7c0
+# %% ../nbs/03_projection.ipynb #9f6db193
 def project_after(
     optimizer: torch.optim.Optimizer,         # Any torch optimizer
     project: Callable,                        # A set, or any function that changes a list of tensors in place
@@ -234,6 +248,9 @@ def project_after(
     "Project the parameters after each `optimizer.step()`: projected SGD, projected Adam, proximal gradient"
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}: pass the optimizer that steps")
+    if not getattr(optimizer, "takes_hooks", True):
+        raise TypeError(f"expected an optimizer with step hooks, got {type(optimizer).__name__}: "
+                        "pass `project=` instead")
     chosen = None if params is None else list(params)
 
     def tensors():
