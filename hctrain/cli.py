@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     a("--resume", nargs="?", const="", metavar="RUN", help="go on with an interrupted run (the newest in ./runs)")
     return p
 
-# %% ../nbs/50_cli.ipynb #313ccdd8
+# %% ../nbs/50_cli.ipynb #5678ef97
 def _start(options: dict) -> tuple[Path, dict]:
     "A new folder for a run, and its configuration"
     folder = Path(options["out"]) / f"acs-{options['state']}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -98,11 +98,14 @@ def _again(given: dict) -> tuple[Path, dict]:
         raise FileNotFoundError("expected a run in ./runs to resume, got none: name its folder")
     file = Path(given["resume"]) / "config.json" if given["resume"] else runs[-1]
     try:
-        return file.parent, json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as e:
-        raise ValueError(f"expected a run with a config.json in {file.parent}, got {type(e).__name__}") from None
+        config = json.loads(file.read_text())
+        if config["options"].keys() != DEFAULTS.keys():
+            raise KeyError("options")
+        return file.parent, config
+    except (OSError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as e:
+        raise ValueError(f"expected a run with its config.json in {file.parent}, got {type(e).__name__}") from None
 
-# %% ../nbs/50_cli.ipynb #db1fa342
+# %% ../nbs/50_cli.ipynb #3f68a1a6
 def acs(
     given: dict # Options by name, those that were given
 ) -> int:
@@ -121,7 +124,7 @@ def acs(
     print(data, flush=True)
     runs = compare(data, lambda seed: network(len(data.feature_names), seed=seed),
                    [ALGORITHMS[n] for n in o["algorithms"]], setting, folder, resume="resume" in given)
-    if not all(r.finished for rs in runs.values() for r in rs):
+    if any(r.interrupted for rs in runs.values() for r in rs):
         print(f"Interrupted; what was done is kept. Go on with: hctrain acs --resume {folder}", flush=True)
         return 130
     files = save(runs, folder, setting, data.group_names, f"ACSIncome, {data.name}")
@@ -129,16 +132,16 @@ def acs(
           f"In {folder}: {', '.join(files)}")
     return 0
 
-# %% ../nbs/50_cli.ipynb #cf5e5b06
+# %% ../nbs/50_cli.ipynb #9c7efae5
 def main(
     argv: Sequence[str] | None = None # Arguments; those of the process by default
 ) -> int:
-    "The command `hctrain`; 0, or 2 for an error of the user, 130 after Ctrl-C"
+    "The command `hctrain`; 0, or 2 with a sentence, 130 after Ctrl-C"
     given = vars(parser().parse_args(argv))
     del given["command"]
     try:
         return acs(given)
-    except (ValueError, OSError, ImportError) as e:
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as e:
         print(f"hctrain: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

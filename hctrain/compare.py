@@ -28,7 +28,7 @@ from .train import Budget, Run, train, write_atomically
 __all__ = ['ALGORITHMS', 'COLUMNS', 'Algorithm', 'Setting', 'measure', 'run_one', 'compare', 'last_values', 'table', 'long_table',
            'curves', 'save']
 
-# %% ../nbs/23_compare.ipynb #89003fa8
+# %% ../nbs/23_compare.ipynb #7df7392f
 class Algorithm(NamedTuple):
     "A method in a comparison"
     label: str      # For tables, figures and files
@@ -36,8 +36,8 @@ class Algorithm(NamedTuple):
 
 ALGORITHMS: dict[str, Algorithm] = {
     "adam": Algorithm("Adam", lambda params, m: torch.optim.Adam(params)),
-    "sslalm": Algorithm("SSL-ALM", lambda params, m: SSLALM(params, m)),
-    "ssw": Algorithm("Switching", lambda params, m: SwitchingSubgradient(params, m))}
+    "sslalm": Algorithm("SSL-ALM", SSLALM),
+    "ssw": Algorithm("Switching", SwitchingSubgradient)}
 
 # %% ../nbs/23_compare.ipynb #4a21e153
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def measure(
                    f"{split}_rates": ev.soft.values}
     return values
 
-# %% ../nbs/23_compare.ipynb #91cb8a68
+# %% ../nbs/23_compare.ipynb #5f624ffa
 def run_one(
     data,                                 # Has `train`, `test` (batches) and `n_groups`
     network: Callable[[int], nn.Module],  # `network(seed)` makes the network
@@ -96,12 +96,14 @@ def run_one(
                    weights=weights)
     model = network(seed)
     opt = algorithm.make(model.parameters(), gaps.m)
-    run = train(model, opt, WeightedBCE(weights), gaps, streams, steps=setting.steps, seconds=setting.seconds,
-                draws=setting.draws, evaluations=setting.evaluations,
-                evaluate=lambda: measure(model, data, setting.bound), **kw)
+    with torch.random.fork_rng(devices=[]):                   # what the network draws itself, for dropout say
+        torch.manual_seed(seed)
+        run = train(model, opt, WeightedBCE(weights), gaps, streams, steps=setting.steps, seconds=setting.seconds,
+                    draws=setting.draws, evaluations=setting.evaluations,
+                    evaluate=lambda: measure(model, data, setting.bound), **kw)
     return run, model
 
-# %% ../nbs/23_compare.ipynb #abeceaf2
+# %% ../nbs/23_compare.ipynb #15d1a929
 def compare(
     data,                                                 # Has `train`, `test` (batches) and `n_groups`
     network: Callable[[int], nn.Module],                  # `network(seed)` makes the network
@@ -112,6 +114,8 @@ def compare(
     progress: bool = True                                 # Show a bar for each run
 ) -> dict[str, list[Run]]:
     "Train every algorithm from every seed; runs by label. After Ctrl-C the last run says that it is not finished"
+    if len({a.label for a in algorithms}) < len(algorithms) or not algorithms:
+        raise ValueError(f"expected algorithms with different labels, got {[a.label for a in algorithms]}")
     jobs = [(seed, a) for seed in range(setting.seeds) for a in algorithms]
     runs = {a.label: [] for a in algorithms}
     for i, (seed, a) in enumerate(jobs):
@@ -120,7 +124,7 @@ def compare(
         run, _ = run_one(data, network, a, seed, setting, checkpoint=file, progress=title if progress else False,
                          resume=resume and file is not None and file.exists())
         runs[a.label].append(run)
-        if not run.finished:
+        if run.interrupted:
             break
     return runs
 
