@@ -51,6 +51,7 @@ def test_interrupt_and_resume(tmp_path):
     with subprocess.Popen([HCTRAIN, *options], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL, text=True) as p:
         while not list(tmp_path.glob("runs/*/ssl-alm-0.pt")):
+            assert p.poll() is None
             time.sleep(.02)
         p.send_signal(signal.SIGINT)
         said = p.communicate(timeout=100)[0]
