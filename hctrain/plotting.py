@@ -113,13 +113,13 @@ def _ink(
     linear *= min(1, .18 / max(linear @ (.2126, .7152, .0722), 1e-9))  # (1 + .05) / (.18 + .05) > 4.5
     return tuple(np.where(linear <= .0031308, 12.92 * linear, 1.055 * linear**(1 / 2.4) - .055).tolist())
 
-# %% ../nbs/22_plotting.ipynb #83c776af
+# %% ../nbs/22_plotting.ipynb #0d09df80
 def direct_labels(
     ax,                        # Axes whose limits are final
     labels: Sequence[str],     # One a line
     heights: Sequence[float],  # Where the lines end, in data coordinates
     colors: Sequence,          # One a line
-    x: float | None = None,    # Where they end; None is the right edge
+    x: float | None = None,    # Where they end; None is the right edge, beside which the names stand
     size: float = 8,           # Font size in points
 ) -> list:                     # The annotations
     "Write names at the ends of lines, moved apart where they would overlap"
@@ -128,11 +128,12 @@ def direct_labels(
     here = ax.transData.transform(np.column_stack([np.full(len(ends), x), ends]))[:, 1] * points
     room, half = np.array([ax.bbox.y0, ax.bbox.y1]) * points, .68 * size
     moved = spread(here, 2 * half, room[0], room[1])
-    any_moves = (abs(moved - here) > 1).any()
+    short = max(0., (ax.bbox.x1 - ax.transData.transform((x, ends[0]))[0]) * points)   # of the right edge
+    any_moves = (abs(moved - here) > 1).any() or short > 1
     out = []
     for label, y, color, shift in zip(labels, ends, colors, moved - here):
         line = dict(arrowstyle="-", color=color, lw=.5, shrinkA=0, shrinkB=0, relpos=(0, .5)) if any_moves else None
-        out.append(ax.annotate(label, (x, y), (10 if any_moves else 4, shift), textcoords="offset points",
+        out.append(ax.annotate(label, (x, y), (short + (10 if any_moves else 4), shift), textcoords="offset points",
                                color=_ink(color), size=size, va="center", annotation_clip=False, arrowprops=line))
     return out
 
