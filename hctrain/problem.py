@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['KKT', 'kkt_residual', 'least_squares_multipliers', 'Toy', 'toys', 'noisy_toy', 'toy_kkt']
+__all__ = ['KKT', 'kkt_residual', 'least_squares_multipliers', 'Toy', 'toys', 'noisy_toy', 'toy_kkt', 'Battery', 'require',
+           'leaves', 'same']
 
 # %% ../nbs/00_problem.ipynb #b3b10fb0
 class KKT(NamedTuple):
@@ -148,3 +149,50 @@ def toy_kkt(
     jac = torch.stack([torch.autograd.grad(ci, x, retain_graph=True)[0] for ci in c])
     grad, = torch.autograd.grad(toy.f(x, torch.zeros_like(x)), x)
     return kkt_residual(grad, jac, c.detach(), y, toy.equality)
+
+# %% ../nbs/00_problem.ipynb #ed1e0410
+class Battery:
+    "Rules that everything of a kind has to keep; `battery(make)` tries them all"
+    def __init__(self,
+        kind: str  # What is checked, for the sentence
+    ):
+        self.kind, self.rules = kind, {}
+
+    def rule(self, check: Callable) -> Callable:
+        "Add a rule, a function of `make`, under its docstring"
+        self.rules[check.__doc__] = check
+        return check
+
+    def __call__(self, make: Callable) -> list[str]:
+        "The names of the rules, all kept, or an AssertionError that names the first broken one"
+        for rule, check in self.rules.items():
+            try:
+                check(make)
+            except Exception as e:
+                raise AssertionError(f"the {self.kind} breaks the rule '{rule}': {e}") from e
+        return list(self.rules)
+
+def require(
+    condition: bool, # What the rule demands
+    said: str        # What came instead
+) -> None:
+    "Stop the battery with a sentence"
+    if not condition:
+        raise AssertionError(said)
+
+# %% ../nbs/00_problem.ipynb #cccc67b4
+def leaves(
+    tree  # A nested state of dicts, lists and tuples
+) -> list:
+    "Its tensors and other values, in order"
+    if isinstance(tree, (dict, list, tuple)):
+        return [leaf for v in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(v)]
+    return [tree]
+
+def same(
+    a,  # A nested state
+    b   # Another one
+) -> bool:
+    "Whether two states are equal bit for bit"
+    equal = lambda p, q: torch.equal(p, q) if isinstance(p, Tensor) and isinstance(q, Tensor) else p is q or p == q
+    return len(a := leaves(a)) == len(b := leaves(b)) and all(map(equal, a, b))

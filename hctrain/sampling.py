@@ -5,8 +5,12 @@
 # %% ../nbs/02_sampling.ipynb #e10f9794
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -14,8 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .problem import Battery, require, same
+
 # %% auto #0
-__all__ = ['Batch', 'random_words', 'BalancedTable', 'Draws', 'BalancedSampler', 'Streams', 'RandomStreams']
+__all__ = ['SAMPLER_RULES', 'Batch', 'random_words', 'BalancedTable', 'Draws', 'BalancedSampler', 'Streams', 'RandomStreams',
+           'check_sampler']
 
 # %% ../nbs/02_sampling.ipynb #3d39d6b6
 class Batch(NamedTuple):
@@ -116,7 +123,7 @@ class Draws:
     "A position in one or several streams of a table: what samplers and streams have in common"
     def __init__(self, table: BalancedTable, streams: Sequence[int], device: torch.device | str = "cpu"):
         self.table, self.streams, self.device, self.t = table, list(streams), device, 0
-        self.per_group, self.n_groups = table.per_group, table.n_groups
+        self.per_group, self.n_groups, self.replacement = table.per_group, table.n_groups, table.replacement
         self.counts = torch.from_numpy(table._counts)
         self.batches_per_epoch = -(-int(self.counts.sum()) // table.size)
         self._block = max(1, 2**17 // (table.size * len(self.streams)))
@@ -280,3 +287,125 @@ class RandomStreams(Streams):
     def passes(self) -> Tensor:
         "How many times each group's rows have been gone through on average, shape (G,)"
         return torch.full((self.n_groups,), self.t * self.batch_size / len(self.data.y))
+
+# %% ../nbs/02_sampling.ipynb #c8ac8619
+SAMPLER_RULES = Battery("sampler")
+
+def _population() -> Batch:
+    "Groups of 7, 12 and 30 rows, shuffled; the first feature is the row's number"
+    rng = np.random.default_rng(0)
+    g = torch.from_numpy(rng.permutation(np.arange(3).repeat([7, 12, 30])))
+    return Batch(torch.arange(49.)[:, None], torch.from_numpy(rng.integers(2, size=49)).float(), g)
+
+def _drawn(sampler) -> list[Tensor]:
+    "Row numbers of each batch of the next draw"
+    drawn = sampler.draw()
+    return [drawn] if isinstance(drawn, Tensor) else [b.x[:, 0].long() for b in drawn]
+
+def _draws(sampler, n: int) -> list[list[Tensor]]:
+    return [_drawn(sampler) for _ in range(n)]
+
+# %% ../nbs/02_sampling.ipynb #1051a3c0
+@SAMPLER_RULES.rule
+def _draws_rows(make):
+    "draws rows of the data, with their own labels and groups, and balanced if it says so"
+    data = _population()
+    sampler = make(*data, 0)
+    for _ in range(50):
+        drawn = sampler.draw()
+        for b in [drawn] if isinstance(drawn, Tensor) else drawn:
+            rows = b if isinstance(b, Tensor) else b.x[:, 0].long()
+            require(bool(((rows >= 0) & (rows < 49)).all()), f"expected rows 0 to 48, got {rows.tolist()}")
+            require(b is rows or same(b[1:], (data.y[rows], data.g[rows])), "got labels or groups of other rows")
+            counts = data.g[rows].bincount(minlength=3).tolist()
+            k = getattr(sampler, "per_group", None)
+            require(k is None or counts == [k] * 3, f"expected {k} rows of each group, got {counts}")
+
+@SAMPLER_RULES.rule
+def _seeded(make):
+    "draws what its seed says, and leaves all other generators alone"
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    a, b, other = (_draws(make(*_population(), seed), 40) for seed in (3, 3, 4))
+    require(same(a, b), "two samplers with one seed differ")
+    require(not same(a, other), "samplers with two seeds are the same")
+    require(same(before, (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())),
+            "a global random generator was used: keep one of your own")
+
+# %% ../nbs/02_sampling.ipynb #444b7ac6
+@SAMPLER_RULES.rule
+def _restores(make):
+    "goes on with the same draws from a saved state, and survives deepcopy and pickle"
+    for n in (0, 1, 7, 60):
+        a, used = make(*_population(), 1), make(*_population(), 1)
+        _draws(a, n), _draws(used, 11)
+        file, saved = io.BytesIO(), a.state_dict()
+        torch.save(saved, file)
+        before = copy.deepcopy(saved)
+        twins = [used, copy.deepcopy(a), pickle.loads(pickle.dumps(a))]
+        used.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+        after = _draws(a, 40)
+        require(all(same(_draws(twin, 40), after) for twin in twins), f"the draws differ when restored after {n}")
+        require(same(saved, before), "a saved state changed while drawing went on: copy it")
+
+@SAMPLER_RULES.rule
+def _refuses_states(make):
+    "refuses the state of other data or another seed, and changes nothing"
+    data, a, twin = _population(), make(*_population(), 1), make(*_population(), 1)
+    _draws(a, 5), _draws(twin, 5)
+    for other in (make(*data, 2), make(data.x, data.y, data.g.flip(0), 1)):
+        _draws(other, 3)
+        try:
+            a.load_state_dict(other.state_dict())
+        except ValueError:
+            continue
+        raise AssertionError("expected ValueError for the state of another sampler, it was accepted")
+    require(same(_draws(a, 20), _draws(twin, 20)), "a refused state changed something")
+
+# %% ../nbs/02_sampling.ipynb #ae83ec20
+@SAMPLER_RULES.rule
+def _independent(make):
+    "draws batches that are independent of each other"
+    T, v = 2000, np.random.default_rng(1).standard_normal((49, 20))
+    sampler, g = make(*_population(), 5), _population().g.numpy()
+    v -= np.stack([v[g == j].mean(0) for j in range(3)])[g]
+    means = np.stack([[v[b.numpy()].mean(0) for b in draw] for draw in _draws(sampler, T)])
+    means = (means - means.mean(0)) / means.std(0)
+    now, then = means[1:], means[:-1]
+    alone = range(means.shape[1] if getattr(sampler, "replacement", True) else 0)
+    pairs = [(now[:, i], now[:, j]) for j in range(means.shape[1]) for i in range(j)]
+    pairs += [(now[:, i], then[:, j]) for j in range(means.shape[1]) for i in range(means.shape[1])
+              if i != j or i in alone]
+    largest = max((abs((a * b).mean(0)).max() for a, b in pairs), default=0.)
+    require(largest < 6 / T**0.5, f"expected uncorrelated batches, got a correlation of {largest:.2f}: "
+            "give each stream random numbers of its own")
+
+# %% ../nbs/02_sampling.ipynb #ab246f01
+@SAMPLER_RULES.rule
+def _reaches_every_row(make):
+    "reaches every row as often as the others of its group"
+    g = _population().g.numpy()
+    counts = np.bincount(torch.cat([b for d in _draws(make(*_population(), 6), 2000) for b in d]), minlength=49)
+    for j, n in enumerate(np.bincount(g)):
+        mine, expected = counts[g == j], counts[g == j].mean()
+        z = (((mine - expected) ** 2 / expected).sum() - (n - 1)) / (2 * (n - 1)) ** 0.5
+        require(z < 6, f"expected about {expected:.0f} draws of each row of group {j}, "
+                       f"got {mine.min()} to {mine.max()}")
+
+@SAMPLER_RULES.rule
+def _without_replacement(make):
+    "draws no row of a group again before the others had their turn, where it says replacement=False"
+    sampler, g = make(*_population(), 7), _population().g
+    if getattr(sampler, "replacement", True) or (k := getattr(sampler, "per_group", None)) is None:
+        return
+    for batches in zip(*_draws(sampler, 60), strict=True):
+        for j, n in enumerate(g.bincount().tolist()):
+            mine = torch.stack([b[g[b] == j] for b in batches])
+            for epoch in mine[:60 // (n // k) * (n // k)].reshape(-1, n // k * k):
+                require(len(epoch.unique()) == len(epoch), f"a row of group {j} came twice in an epoch")
+
+# %% ../nbs/02_sampling.ipynb #8c15491f
+def check_sampler(
+    make: Callable  # `make(x, y, g, seed)` returns a sampler: `draw()`, `state_dict()`, `load_state_dict(state)`
+) -> list[str]:
+    "Check that a sampler keeps its promises; the rules that it kept, or an AssertionError with the broken one"
+    return SAMPLER_RULES(make)
