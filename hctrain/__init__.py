@@ -13,9 +13,9 @@ from .constraints import (
     positive_rate,
     true_positive_rate,
 )
-from .optimizer import ConstrainedOptimizer, check_optimizer
+from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_optimizer
 from .problem import KKT, Toy, kkt_residual, least_squares_multipliers, noisy_toy, toys
 from .projection import Ball, Box, Simplex, project_after
-from .sampling import BalancedSampler, Batch, RandomStreams, Streams
+from .sampling import BalancedSampler, Batch, RandomStreams, Streams, check_sampler
 from .sslalm import SSLALM
 from .switching import SwitchingSubgradient

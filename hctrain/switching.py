@@ -36,7 +36,7 @@ class _SecondOptimizer:
         mine, its = tensors(self.param_groups), tensors(optimizer.param_groups)
         if mine != its:
             raise ValueError(f"expected constraint_optimizer over the same {len(mine)} tensors, got {len(its)}, "
-                             "not all the same")
+                             "not all the same: make both optimizers on the same parameters")
         return optimizer
 
     def other_group(self, group: dict) -> dict:

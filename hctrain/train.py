@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .optimizer import ConstrainedOptimizer
+from .constraints import readable
+from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, check_finite
 
 # %% auto #0
 __all__ = ['outputs', 'rows_are_independent', 'plain_step', 'one_draw_step', 'two_draw_step', 'three_draw_step', 'lazy_step',
@@ -52,7 +53,10 @@ def plain_step(model, opt, loss, gaps, streams, joint):
     "A step of a torch optimizer on the loss alone"
     xi, = streams.draw(1)
     opt.zero_grad()
-    loss(model(xi.x), xi).backward()
+    f = loss(model(xi.x), xi)
+    if readable(f):
+        check_finite(f=f)
+    f.backward()
     opt.step()
 
 # %% ../nbs/21_train.ipynb #64c4b5b5
@@ -345,10 +349,12 @@ class Run:
     seconds: float   # Seconds of training
     interrupted: bool  # Whether Ctrl-C was pressed
     finished: bool   # False after Ctrl-C
+    skipped: int = 0   # Steps left out for a non-finite value
 
     def __repr__(self) -> str:
         state = "finished" if self.finished else "interrupted; train again with resume=True to go on"
-        return f"Run({self.step:,} steps in {self.seconds:.1f} s, {len(self.record)} evaluations, {state})"
+        left_out = f" ({self.skipped:,} left out)" if self.skipped else ""
+        return f"Run({self.step:,} steps{left_out} in {self.seconds:.1f} s, {len(self.record)} evaluations, {state})"
 
 # %% ../nbs/21_train.ipynb #9fbd1dc9
 class _Due:
@@ -371,15 +377,14 @@ class _Due:
 # %% ../nbs/21_train.ipynb #b2093eb3
 class _Looks(_Due):
     "Evaluating, recording and saving, with the clock stopped"
-    def __init__(self, record, budget, clock, per_epoch, opt, evaluate, saved, bar):
+    def __init__(self, record, budget, clock, per_epoch, told, evaluate, saved, bar):
         super().__init__(record, budget, clock, per_epoch)
-        self.opt, self.evaluate, self.saved, self.bar = opt, evaluate, saved, bar
+        self.told, self.evaluate, self.saved, self.bar = told, evaluate, saved, bar
 
     def look(self, step: int) -> None:
         "Evaluate, record, show, save"
         with self.clock.paused() as now:
-            if isinstance(self.opt, ConstrainedOptimizer):
-                self.opt.check()
+            self.told()
             values = self.evaluate() if self.evaluate else {}
             self.record.add(step, now, values)
             self.bar.show(self.spent(step), values)
@@ -389,6 +394,7 @@ class _Looks(_Due):
         "Write the checkpoint, if there is one"
         if self.saved:
             with self.clock.paused() as now:
+                self.told()
                 self.saved.save(step, now, self.record)
 
 # %% ../nbs/21_train.ipynb #abadd028
@@ -408,6 +414,7 @@ def train(
     schedulers: Sequence = (),               # Learning-rate schedulers, stepped after each step
     checkpoint: str | Path | None = None,    # File written at each evaluation and after Ctrl-C
     resume: bool = False,                    # Go on from that file
+    nonfinite: str = "raise",                # What a NaN does; `"skip"` leaves that step out and counts it
     progress: bool | str = True              # Show a bar; a string is its title
 ) -> Run:
     "Train until the budget is used up or Ctrl-C is pressed"
@@ -420,12 +427,17 @@ def train(
         raise TypeError(f"expected streams with draw(k), got {type(streams).__name__}: see Streams in hctrain.sampling")
     if isinstance(opt, ConstrainedOptimizer) and gaps is None:
         raise ValueError(f"expected gaps for {type(opt).__name__}, got none: pass constraints, or a torch optimizer")
-    parts = {"model": model, "opt": opt, "streams": streams, "gaps": gaps}
+    skip = check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip"
+    attempt = SkipNonFinite(opt) if skip else nullcontext()
+    parts = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": attempt}
     parts |= {f"scheduler{i}": s for i, s in enumerate(schedulers)}
     saved = None if checkpoint is None else Checkpoint(checkpoint, **parts)
     step, past, record = saved.load() if resume else (0, 0., Record())
     clock, bar = Clock(past), Progress(progress)
-    run = _Looks(record, budget, clock, getattr(streams, "batches_per_epoch", 1), opt, evaluate, saved, bar)
+    def told():
+        with attempt:
+            getattr(opt, "check", lambda: None)()
+    run = _Looks(record, budget, clock, getattr(streams, "batches_per_epoch", 1), told, evaluate, saved, bar)
     try:
         with interruptible() as pressed:
             while True:
@@ -434,7 +446,8 @@ def train(
                 bar.show(spent := run.spent(step))
                 if spent >= 1 or pressed():
                     break
-                do_step(model, opt, loss, gaps, streams, joint)
+                with attempt:
+                    do_step(model, opt, loss, gaps, streams, joint)
                 step += 1
                 for scheduler in schedulers:
                     scheduler.step()
@@ -442,4 +455,4 @@ def train(
                 run.save(step)
     finally:
         bar.close()
-    return Run(record, step, clock(), pressed(), spent >= 1)
+    return Run(record, step, clock(), pressed(), spent >= 1, attempt.count if skip else 0)
