@@ -105,7 +105,7 @@ def child(job):
     if "acs" in job:
         os.chdir(job["folder"])
         return cli.main(["acs", *job["acs"]])
-    run(job["folder"], **job.get("run", {}))
+    run(**{"folder": job["folder"], **job.get("run", {})})
     return 0
 
 
