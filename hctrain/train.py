@@ -274,7 +274,10 @@ class Checkpoint:
         **parts            # Objects with `state_dict` and `load_state_dict`
     ):
         self.path, self.parts = Path(path), {k: v for k, v in parts.items() if hasattr(v, "state_dict")}
-        self.proven = False
+        self.proven = False  # whether a state was read back
+        if "streams" in parts.keys() - self.parts.keys():
+            raise TypeError(f"expected streams with state_dict, got {type(parts['streams']).__name__}: a run goes on "
+                            "from their place, so give them one and load_state_dict, or train without checkpoint")
 
     def save(self, step: int, seconds: float, record: Record) -> None:
         "Write the file, atomically"

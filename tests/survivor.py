@@ -1,7 +1,7 @@
 """Runs that may be killed, for test_survival: a process that imports torch once and forks for each of them.
 
-It reads jobs as lines of JSON and answers each with an exit code, below 0 for a signal. To fork is safe as long as it has
-one thread, which it checks.
+It reads jobs as lines of JSON and answers each with an exit code, below 0 for a signal. Forks are safe as long as it
+has one thread, which it checks each time.
 """
 import errno
 import json
@@ -117,7 +117,7 @@ def attempt(job):
         try:
             code = child(job)
         except BaseException as e:
-            print(f"{type(e).__name__}: {e}")
+            sys.stdout.write(f"{type(e).__name__}: {e}\n")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -132,4 +132,5 @@ if __name__ == "__main__":
     data = hctrain.acs.load_acs()
     hctrain.acs.load_acs = lambda *args, **kw: data
     for line in sys.stdin:
-        print(json.dumps(attempt(json.loads(line))), flush=True)
+        sys.stdout.write(json.dumps(attempt(json.loads(line))) + "\n")
+        sys.stdout.flush()

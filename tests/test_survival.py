@@ -99,7 +99,7 @@ def test_killed_at_twenty_random_moments(method, attempt, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     folder.mkdir()
-    size = {"method": method, "steps": 300, "evaluations": 30}
+    size = {"method": method, "steps": 200, "evaluations": 40}
     start = time.perf_counter()
     assert attempt(whole, run=size) == 0, said(whole)
     seconds, rng, kills, steps = time.perf_counter() - start, random.Random(method), 0, []
@@ -119,7 +119,7 @@ def test_killed_at_twenty_random_moments(method, attempt, tmp_path):
     assert not litter(folder)
 
 
-@pytest.mark.parametrize("nth", [1, 3, 5, 6])  # five checkpoints, metrics.csv
+@pytest.mark.parametrize("nth", [1, 4, 6])  # five checkpoints, metrics.csv
 @pytest.mark.parametrize("stage", ["before", "half", "before fsync", "before replace", "after replace"])
 def test_killed_while_writing(stage, nth, attempt, undisturbed, tmp_path):
     assert attempt(tmp_path, doom=[stage, nth]) == KILLED
@@ -332,6 +332,11 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="expected states that torch.load"):
         kept.save(0, 0., Record())
     assert not list(tmp_path.iterdir())
+
+
+def test_streams_without_a_state_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="expected streams with state_dict, got list"):
+        Checkpoint(tmp_path / "run.pt", streams=[1, 2], gaps=print)
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
