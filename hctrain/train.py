@@ -320,7 +320,7 @@ def _read(path: Path, names: set[str]) -> dict:
         data = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"expected a checkpoint at {path.name}, got no such file: "
-                                "train without resume first") from None
+                                "train without resume first, or pass resume=file.exists()") from None
     except OSError as e:
         raise OSError(f"expected a checkpoint at {path.name}, got '{e.strerror}': name a file that can be read") from e
     if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:

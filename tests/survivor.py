@@ -63,7 +63,7 @@ class Half:
 
 
 def doom(stage, nth, code=None):
-    "Die, or fail with an error of the system, at this stage of writing the nth file"
+    "Die, or fail with an error of the system, at this stage of writing the nth file, or between it and the next"
     written = 0
 
     def act():
@@ -88,7 +88,12 @@ def doom(stage, nth, code=None):
                 act()
         setattr(os, name, wrapper)
 
-    train.open = opened
+    def dual_step(*args, real=SSLALM.dual_step):
+        if written == nth and stage == "between":
+            act()
+        return real(*args)
+
+    train.open, SSLALM.dual_step = opened, dual_step
     around("fsync")
     around("replace")
 

@@ -182,7 +182,7 @@ def acs_files(folder):
 
 # files of a run: 1 configuration, 2 to 5 checkpoints, 6 metrics
 def test_a_killed_command_is_resumed(attempt, acs, tmp_path):
-    assert attempt(tmp_path, acs=ACS, doom=["after replace", 3]) == KILLED
+    assert attempt(tmp_path, acs=ACS, doom=["between", 3]) == KILLED
     assert attempt(tmp_path, acs=["--resume"], doom=["half", 1]) == KILLED
     assert attempt(tmp_path, acs=["--resume"], doom=["half", 3]) == KILLED
     assert list(tmp_path.glob("runs/*/.metrics.csv.*.part")) and not list(tmp_path.glob("runs/*/metrics.csv"))
