@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import hashlib
 import io
 import os
 import signal
@@ -14,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -184,7 +185,7 @@ class Record:
 
     def add(self, step: int, seconds: float, values: dict) -> None:
         "Append an evaluation: numbers, or vectors of them"
-        row = {k: v.tolist() if isinstance(v, (Tensor, np.ndarray)) else v for k, v in values.items()}
+        row = {k: v.tolist() if isinstance(v, (Tensor, np.ndarray, np.generic)) else v for k, v in values.items()}
         if self.rows and row.keys() != (names := self.rows[0].keys() - {"step"}):
             raise ValueError(f"expected the measurements {sorted(names)}, got {sorted(row)}: "
                              "return the same names each time")
@@ -222,22 +223,52 @@ def _csv(columns: dict[str, np.ndarray]) -> bytes:
 
 # %% ../nbs/21_train.ipynb #e3b21e74
 def write_atomically(
-    path: str | Path,  # Where
-    data: bytes        # What
+    path: str | Path,         # Where
+    data: bytes | memoryview  # What
 ) -> None:
     "Write a file in one piece or not at all"
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
+        _clear(path)
         with open(part, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+        _settle(path.parent)
     except OSError as e:
-        part.unlink(missing_ok=True)
-        raise OSError(f"expected to write {path.name} in {path.parent.name or '.'}, got '{e.strerror}': "
-                      "free space or choose another folder; a file that was there is unchanged") from e
+        raise OSError(f"expected to write {path.name} in {path.parent.name or '.'}, got '{e.strerror}': make room, or "
+                      "name a file in a folder that can be written; a file that was there is unchanged") from e
+    finally:
+        with suppress(OSError):  # it is still there if something went wrong
+            part.unlink()
+
+# %% ../nbs/21_train.ipynb #5a1e0c32
+def _is_gone(pid: str) -> bool:
+    "Whether, for certain, no process of this machine has this number"
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        pass
+    return False
+
+def _clear(path: Path) -> None:
+    "Remove what killed writers of a file left beside it"
+    for part in path.parent.glob(".*.part") if os.name == "posix" else ():
+        if part.name.startswith(f".{path.name}.") and _is_gone(part.name.split(".")[-2]):
+            part.unlink(missing_ok=True)
+
+def _settle(folder: Path) -> None:
+    "Let what was moved into a folder outlast a power failure, where folders can be flushed"
+    with suppress(OSError):
+        entry = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(entry)
+        finally:
+            os.close(entry)
 
 # %% ../nbs/21_train.ipynb #40a0c75d
 class Checkpoint:
@@ -247,6 +278,10 @@ class Checkpoint:
         **parts            # Objects with `state_dict` and `load_state_dict`
     ):
         self.path, self.parts = Path(path), {k: v for k, v in parts.items() if hasattr(v, "state_dict")}
+        self.proven = False  # whether a state was read back
+        if "streams" in parts.keys() - self.parts.keys():
+            raise TypeError(f"expected streams with state_dict, got {type(parts['streams']).__name__}: a run goes on "
+                            "from their place, so give them one and load_state_dict, or train without checkpoint")
 
     def save(self, step: int, seconds: float, record: Record) -> None:
         "Write the file, atomically"
@@ -254,7 +289,10 @@ class Checkpoint:
         state |= {"step": step, "seconds": seconds, "rows": record.rows, "times": record.seconds}
         data = io.BytesIO()
         torch.save({**state, "rng": torch.get_rng_state()}, data)
-        write_atomically(self.path, data.getvalue())
+        self.proven = self.proven or bool(_unpack(self.path, data))
+        data.seek(0, io.SEEK_END)
+        data.write(hashlib.sha256(data.getbuffer()).digest())
+        write_atomically(self.path, data.getbuffer())
 
     def load(self) -> tuple[int, float, Record]:
         "Put the saved state back; the step, the seconds and the record"
@@ -271,17 +309,29 @@ class Checkpoint:
         return state["step"], state["seconds"], Record(state["rows"], state["times"])
 
 # %% ../nbs/21_train.ipynb #8d2d1127
-def _read(path: Path, names: set[str]) -> dict:
-    "The saved state, if the file is a checkpoint with all these names"
+def _unpack(path: Path, data: io.BytesIO) -> dict:
+    "What `torch.save` wrote, if it can be read without running code"
+    data.seek(0)
     try:
-        state = torch.load(path, weights_only=True)
-        missing = names - state.keys()
+        return torch.load(data, weights_only=True)
+    except Exception as e:
+        raise ValueError(f"expected states that torch.load(weights_only=True) can read in {path.name}, got one that it "
+                         "refuses: keep numbers, strings, tensors and lists or dicts of them in each state_dict") from e
+
+def _read(path: Path, names: set[str]) -> dict:
+    "The saved state, if the file is a whole checkpoint with all these names"
+    try:
+        data = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"expected a checkpoint at {path.name}, got no such file: "
-                                "train without resume first") from None
-    except Exception as e:
-        raise ValueError(f"expected a checkpoint in {path.name}, got a file that torch.load refuses: {e}") from e
-    if missing:
+                                "train without resume first, or pass resume=file.exists()") from None
+    except OSError as e:
+        raise OSError(f"expected a checkpoint at {path.name}, got '{e.strerror}': name a file that can be read") from e
+    if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
+        raise ValueError(f"expected a whole checkpoint in {path.name}, got one that is damaged or not from train: "
+                         "restore a copy of it, or train without resume")
+    state = _unpack(path, io.BytesIO(data))
+    if missing := names - state.keys():
         raise ValueError(f"expected a checkpoint with {sorted(missing)}, got one without in {path.name}: "
                          "resume with what it was saved with")
     return state

@@ -38,15 +38,17 @@ class Run:
                    torch.full((3,), .5, dtype=torch.float64, requires_grad=True)]
         self.m, self.opt = m, make(self.ps)
 
+    def c(self, z):
+        return z * .3 + (self.ps[0].sum() * z[0] + self.ps[1].square().sum() - 1) / (1 + torch.arange(self.m))
+
     def go(self, ks, draws=3):
         for k in ks:
             noise = torch.randn(4, self.m, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-            c = lambda z: z * .3 + (self.ps[0].sum() * z[0] + self.ps[1].square().sum() - 1) / (1 + torch.arange(self.m))
-            c1 = c(noise[1])
+            c1 = self.c(noise[1])
             self.opt.zero_grad()
-            self.opt.dual_step(c(noise[0]).detach() if draws == 3 else c1.detach())
+            self.opt.dual_step(self.c(noise[0]).detach() if draws == 3 else c1.detach())
             f = sum((p - 2).square().sum() for p in self.ps) / 20
-            self.opt.lagrangian(f, c1, c(noise[2]).detach() if draws > 1 else None).backward()
+            self.opt.lagrangian(f, c1, self.c(noise[2]).detach() if draws > 1 else None).backward()
             torch.nn.utils.clip_grad_norm_(self.ps, 1.)
             self.opt.step()
         return self
