@@ -181,11 +181,11 @@ def _losses(out: Tensor, y: Tensor, hard: bool) -> Tensor:
 
 loss_rate.rows = _losses
 
-# %% ../nbs/01_constraints.ipynb #497442a9
+# %% ../nbs/01_constraints.ipynb #f2e9763e
 def smoothed_step(
     u: Tensor,  # Logits divided by the temperature
 ) -> Tensor:
-    "Step that climbs from 0 at u = -3 to 1 at u = 3 along a cubic, @eq-step"
+    "Step that climbs from 0 at u = -3 to 1 at u = 3 along a cubic, Eq. (3)"
     v = F.hardsigmoid(u)  # u / 6 + 1/2, held in 0..1
     return v * v * (3 - 2 * v)
 
@@ -415,7 +415,7 @@ class GapMatrix:
 
 # %% ../nbs/01_constraints.ipynb #c116d058
 class RateGap:
-    "Gaps of group rates as constraints: `gaps(out, batch)` gives c of shape (m,), wanted <= 0, Eq. (3)"
+    "Gaps of group rates as constraints: `gaps(out, batch)` gives c of shape (m,), wanted <= 0, Eq. (5)"
     def __init__(self,
         statistic: Callable[..., Rates],  # `positive_rate`, or any function of the same form
         n_groups: int,                    # Number of groups G
@@ -482,9 +482,9 @@ class RateGap:
         return (f"RateGap({_name(self.statistic)}, n_groups={self.n_groups}, bound={self.bound:g}, "
                 f"reference={self.reference!r}{options}, absent={self.absent!r})")
 
-# %% ../nbs/01_constraints.ipynb #df6d8eb0
+# %% ../nbs/01_constraints.ipynb #b7ad46f0
 class MeanGap:
-    "Two-sided gaps that are means over rows, for any statistic and any way of drawing batches, @eq-mean"
+    "Two-sided gaps that are means over rows, for any statistic and any way of drawing batches, Eq. (8)"
     is_mean = True
 
     def __init__(self,
@@ -496,7 +496,8 @@ class MeanGap:
         weights: Tensor | Sequence[float] | None = None,  # Inverse-propensity weights, for `reference_of`
     ):
         check_gap(statistic, n_groups, bound, "skip")
-        if reference is not None and (isinstance(reference, (bool, str)) or not math.isfinite(reference)):
+        number = isinstance(reference, Real) and not isinstance(reference, bool) and math.isfinite(reference)
+        if reference is not None and not number:
             raise ValueError(f"expected a finite reference value, got {reference!r}: pass a rate, or none")
         self.statistic, self.n_groups, self.bound, self.hard = statistic, int(n_groups), float(bound), bool(hard)
         self.m, self.reference = 2 * self.n_groups, reference
