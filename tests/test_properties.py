@@ -109,6 +109,9 @@ def test_c_of_all_is_the_mean_of_c_where_it_says_so(case, statistic, reference, 
         if gaps.is_mean:
             mean = torch.stack([gaps(z, SimpleNamespace(g=g, y=y)) for z, y in zip(zs, ys, strict=True)]).mean(0)
             assert_close(mean, gaps(zs.flatten(), together), rtol=1e-10, atol=1e-12)
+    counts = statistic(zs.flatten(), together.g, together.y, n_groups).counts
+    fixed = RateGap(statistic, n_groups, reference=0.3, two_sided=True, absent="skip")(zs.flatten(), together)
+    assert_close(gaps(zs.flatten(), together), (n_groups * counts / zs.numel()).repeat(2) * fixed)
 
 
 @quick
