@@ -3,14 +3,17 @@
 __version__ = "0.0.1"
 
 from .constraints import (
+    MeanGap,
     RateGap,
     Rates,
+    Sharpened,
     WeightedBCE,
     accuracy,
     fairret_rate,
     false_positive_rate,
     loss_rate,
     positive_rate,
+    smoothed_step,
     true_positive_rate,
 )
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_optimizer

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Rates', 'flat_logits', 'readable', 'binary_labels', 'group_sum', 'hard_decision', 'positive_rate',
-           'true_positive_rate', 'false_positive_rate', 'accuracy', 'loss_rate', 'reference_rate', 'Carry',
-           'GroupWeights', 'GapMatrix', 'RateGap', 'WeightedBCE', 'fairret_rate']
+__all__ = ['Rates', 'flat_logits', 'readable', 'binary_labels', 'check_codes', 'group_sum', 'hard_decision', 'positive_rate',
+           'true_positive_rate', 'false_positive_rate', 'accuracy', 'loss_rate', 'smoothed_step', 'Sharpened',
+           'reference_rate', 'Carry', 'GroupWeights', 'GapMatrix', 'RateGap', 'MeanGap', 'WeightedBCE', 'fairret_rate']
 
 # %% ../nbs/01_constraints.ipynb #2715fc0f
 class Rates(NamedTuple):
@@ -86,15 +86,24 @@ def binary_labels(
     return y
 
 # %% ../nbs/01_constraints.ipynb #84a23473
+def check_codes(
+    g: Tensor,  # Group codes, shape (n,), int64 or int32
+    v: Tensor,  # Values, shape (n,)
+) -> None:
+    "Raise ValueError unless there is one whole number a row"
+    if not isinstance(g, Tensor) or g.shape != v.shape or g.dtype not in (torch.int64, torch.int32):
+        got = f"{tuple(g.shape)} {g.dtype}" if isinstance(g, Tensor) else type(g).__name__
+        raise ValueError(f"expected group codes of shape {tuple(v.shape)} and dtype int64, got {got}: pass one integer "
+                         "code a row; where groups overlap, one RateGap for each attribute")
+
+
 def group_sum(
     v: Tensor,      # Values, shape (n,)
     g: Tensor,      # Group codes 0..G-1, shape (n,), int64 or int32
     n_groups: int,  # Number of groups G
 ) -> Tensor:
     "Sum of `v` by group, shape (G,)"
-    if g.shape != v.shape or g.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"expected group codes of shape {tuple(v.shape)} and dtype int64, got {tuple(g.shape)} "
-                         f"{g.dtype}: pass one integer code a row")
+    check_codes(g, v)
     try:
         return v.new_zeros(n_groups).index_add(0, g, v)
     except IndexError:
@@ -114,6 +123,11 @@ def _answers(out: Tensor, hard: bool) -> tuple[Tensor, Tensor]:
     return z, hard_decision(z) if hard else z.sigmoid()
 
 # %% ../nbs/01_constraints.ipynb #dcc20c60
+def _mean(v: Tensor, g: Tensor, n_groups: int) -> Rates:
+    "Rates in which every row counts"
+    return Rates(group_sum(v, g, n_groups), group_sum(torch.ones_like(v), g, n_groups))
+
+
 def positive_rate(
     out: Tensor,           # Logits, shape (n,) or (n, 1)
     g: Tensor,             # Group codes, shape (n,)
@@ -122,10 +136,9 @@ def positive_rate(
     hard: bool = False,    # Decisions in place of scores
 ) -> Rates:
     "P(f=1 | G=g), the rate of demographic parity"
-    z, p = _answers(out, hard)
-    return Rates(group_sum(p, g, n_groups), group_sum(torch.ones_like(z), g, n_groups))
+    return _mean(positive_rate.rows(out, y, hard), g, n_groups)
 
-positive_rate.rows = lambda out, y, hard: _answers(out, hard)[1]  # what is averaged, for `GapMatrix`
+positive_rate.rows = lambda out, y, hard: _answers(out, hard)[1]  # what is averaged
 
 # %% ../nbs/01_constraints.ipynb #dd1599f2
 def true_positive_rate(out: Tensor, g: Tensor, y: Tensor, n_groups: int, hard: bool = False) -> Rates:
@@ -144,17 +157,85 @@ def false_positive_rate(out: Tensor, g: Tensor, y: Tensor, n_groups: int, hard: 
 # %% ../nbs/01_constraints.ipynb #c1c99654
 def accuracy(out: Tensor, g: Tensor, y: Tensor, n_groups: int, hard: bool = False) -> Rates:
     "P(f=Y | G=g)"
+    return _mean(_right(out, y, hard), g, n_groups)
+
+
+def _right(out: Tensor, y: Tensor, hard: bool) -> Tensor:
+    "How much of each row's answer is right"
     z, p = _answers(out, hard)
-    right = 1 - (binary_labels(y, z) - p).abs()
-    return Rates(group_sum(right, g, n_groups), group_sum(torch.ones_like(z), g, n_groups))
+    return 1 - (binary_labels(y, z) - p).abs()
+
+accuracy.rows = _right
 
 # %% ../nbs/01_constraints.ipynb #0ba512b4
 def loss_rate(out: Tensor, g: Tensor, y: Tensor, n_groups: int, hard: bool = False) -> Rates:
     "Mean loss in a group: cross-entropy (soft) or share of wrong decisions (hard)"
+    return _mean(_losses(out, y, hard), g, n_groups)
+
+
+def _losses(out: Tensor, y: Tensor, hard: bool) -> Tensor:
+    "Loss of each row"
     z = flat_logits(out)
     y = binary_labels(y, z)
-    v = (y - hard_decision(z)).abs() if hard else F.binary_cross_entropy_with_logits(z, y, reduction="none")
-    return Rates(group_sum(v, g, n_groups), group_sum(torch.ones_like(z), g, n_groups))
+    return (y - hard_decision(z)).abs() if hard else F.binary_cross_entropy_with_logits(z, y, reduction="none")
+
+loss_rate.rows = _losses
+
+# %% ../nbs/01_constraints.ipynb #f2e9763e
+def smoothed_step(
+    u: Tensor,  # Logits divided by the temperature
+) -> Tensor:
+    "Step that climbs from 0 at u = -3 to 1 at u = 3 along a cubic, Eq. (3)"
+    v = F.hardsigmoid(u)  # u / 6 + 1/2, held in 0..1
+    return v * v * (3 - 2 * v)
+
+# %% ../nbs/01_constraints.ipynb #3350c25c
+def _name(function: Any) -> str:
+    "What a function calls itself"
+    return getattr(function, "__name__", None) or repr(function)
+
+
+def check_sharp(statistic, temperature, surrogate) -> None:
+    "Raise ValueError for arguments of `Sharpened` that cannot be meant"
+    if not callable(statistic) or isinstance(statistic, type) or statistic is loss_rate:
+        raise ValueError(f"expected a rate of decisions such as positive_rate, got {_name(statistic)}: "
+                         "pass a function whose scores stand for decisions")
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+        raise ValueError(f"expected a finite temperature above 0, got {temperature!r}: start with 0.1 to 0.3, "
+                         "and take hard=True for decisions")
+    if not callable(surrogate):
+        raise ValueError(f"expected a function of z/T, got {surrogate!r}: pass torch.sigmoid or smoothed_step")
+
+# %% ../nbs/01_constraints.ipynb #44343313
+class Sharpened:
+    "A statistic in which scores are closer to decisions; decisions stay as they are"
+    def __init__(self,
+        statistic: Callable[..., Rates],  # `positive_rate`, or any function of the same form but a loss
+        temperature: float = 0.1,         # T, in logits; may be lowered while training
+        surrogate: Callable[[Tensor], Tensor] = torch.sigmoid,  # From z/T to 0..1, or `smoothed_step`
+    ):
+        check_sharp(statistic, temperature, surrogate)
+        self.statistic, self.temperature, self.surrogate = statistic, float(temperature), surrogate
+
+    def logits(self, out: Tensor, hard: bool = False) -> Tensor:
+        "Logits whose sigmoid is the sharp score, shape (n,)"
+        if hard:
+            return out
+        u = flat_logits(out) / self.temperature
+        return u if self.surrogate is torch.sigmoid else self.surrogate(u).logit(torch.finfo(u.dtype).eps)
+
+    def __call__(self, out: Tensor, g: Tensor, y: Tensor | None, n_groups: int, hard: bool = False) -> Rates:
+        "Sums and counts of the statistic"
+        return self.statistic(self.logits(out, hard), g, y, n_groups, hard=hard)
+
+    @property
+    def rows(self) -> Callable[..., Tensor]:
+        "What is averaged, where the statistic says so"
+        rows = self.statistic.rows
+        return lambda out, y, hard: rows(self.logits(out, hard), y, hard)
+
+    def __repr__(self) -> str:
+        return f"Sharpened({_name(self.statistic)}, temperature={self.temperature:g}, {_name(self.surrogate)})"
 
 # %% ../nbs/01_constraints.ipynb #b625b790
 def _ratio(num: Tensor, den: Tensor, safe: bool) -> Tensor:
@@ -183,6 +264,17 @@ def _told(counts: Tensor, reference) -> Tensor:
     present = counts > 0
     return present & present[reference] if isinstance(reference, Integral) else present
 
+# %% ../nbs/01_constraints.ipynb #b23234f9
+def check_state(state, n_groups: int) -> None:
+    "Raise ValueError for a state that is not sums and counts of these groups"
+    known = isinstance(state, dict)
+    shapes = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()} if known else type(state).__name__
+    if shapes != {} and shapes != dict.fromkeys(Rates._fields, (n_groups,)):
+        raise ValueError(f"expected a state with sums and counts of shape ({n_groups},), got {shapes}: "
+                         "load the state of a RateGap with the same groups")
+    if state and not bool((state["sums"].isfinite() & (state["counts"] >= 0)).all()):
+        raise ValueError(f"expected finite sums, and counts of at least 0, got {state}: load another checkpoint")
+
 # %% ../nbs/01_constraints.ipynb #52fde87d
 class Carry:
     "The rates each group had when it was last present"
@@ -191,6 +283,8 @@ class Carry:
 
     def fill(self, rates: Rates) -> Rates:
         "`rates` with absent groups replaced by what they were"
+        if _wrapped(rates.sums):
+            raise ValueError('expected a plain call with absent="carry", got one under torch.func: use "skip" there')
         if self.last is None:
             return rates
         present = rates.counts > 0
@@ -206,10 +300,7 @@ class Carry:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         "Restore what `state_dict` gave; a state that does not fit is refused and changes nothing"
-        shapes = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
-        if shapes and shapes != dict.fromkeys(Rates._fields, (self.n_groups,)):
-            raise ValueError(f"expected a state with sums and counts of shape ({self.n_groups},), got {shapes}: "
-                             "load the state of a RateGap with the same groups")
+        check_state(state, self.n_groups)
         self.last = Rates(*(state[k].clone() for k in Rates._fields)) if state else None
 
 # %% ../nbs/01_constraints.ipynb #42902206
@@ -260,6 +351,12 @@ def check_gap(statistic, n_groups, bound, absent) -> None:
     if absent not in ("error", "skip", "carry"):
         raise ValueError(f'expected absent="error", "skip" or "carry", got {absent!r}: choose one of the three')
 
+# %% ../nbs/01_constraints.ipynb #959eeebc
+def check_rows(rows: Tensor) -> None:
+    "Raise ValueError for a batch without rows"
+    if not rows.numel():
+        raise ValueError("expected at least one row, got an empty batch: draw one with rows, or leave the step out")
+
 
 def complaint(name: str, rates: Rates, absent: str) -> str:
     "Why the constraints formed from these rates are not finite"
@@ -271,6 +368,12 @@ def complaint(name: str, rates: Rates, absent: str) -> str:
     bad = (~(rates.sums.isfinite() & rates.counts.isfinite())).nonzero().flatten().tolist()
     return (f"expected finite values, got {name} that is NaN or infinite in groups {bad}: "
             "look at the logits, and lower the step size")
+
+
+def check_finite(c: Tensor, statistic, rates: Rates, absent: str) -> None:
+    "Raise ValueError for constraints that are not finite, where they can be read"
+    if readable(c) and not math.isfinite(c.detach().sum().item()):
+        raise ValueError(complaint(_name(statistic), rates, absent))
 
 # %% ../nbs/01_constraints.ipynb #b7e775ab
 class GapMatrix:
@@ -296,7 +399,7 @@ class GapMatrix:
 
     def make(self, g: Tensor, p: Tensor) -> Tensor:
         "D, or an empty tensor where it does not exist or does not pay"
-        if g.numel() * self.n_groups > 2**16 or g.dtype != torch.int64:
+        if g.numel() * self.n_groups > 2**16 or g.dtype != torch.int64 or not 0 <= g.min() <= g.max() < self.n_groups:
             return p.new_zeros(0)
         member = torch.nn.functional.one_hot(g, self.n_groups).T.to(p.dtype)
         n = member.sum(1)
@@ -312,7 +415,7 @@ class GapMatrix:
 
 # %% ../nbs/01_constraints.ipynb #c116d058
 class RateGap:
-    "Gaps of group rates as constraints: `gaps(out, batch)` gives c of shape (m,), wanted <= 0, Eq. (3)"
+    "Gaps of group rates as constraints: `gaps(out, batch)` gives c of shape (m,), wanted <= 0, Eq. (5)"
     def __init__(self,
         statistic: Callable[..., Rates],  # `positive_rate`, or any function of the same form
         n_groups: int,                    # Number of groups G
@@ -334,11 +437,17 @@ class RateGap:
 
     def __call__(self, out: Tensor, batch) -> Tensor:
         "Constraints of one batch, which has `.g` and `.y`"
+        check_rows(out)
         if self.absent != "carry" and (d := self.matrix.gaps(self.statistic, out, batch, self.hard)) is not None:
             c = self.bounded(d)
             if not readable(c) or math.isfinite(c.detach().sum().item()):
                 return c
         return self.from_rates(self.statistic(out, batch.g, batch.y, self.n_groups, hard=self.hard))
+
+    @property
+    def is_mean(self) -> bool:
+        "Whether c of a balanced batch is a mean over its rows: then c of many batches together is the mean of theirs"
+        return self.two_sided and hasattr(self.statistic, "rows")
 
     def bounded(self, d: Tensor) -> Tensor:
         "Signed gaps (G,) as constraints (m,)"
@@ -349,16 +458,13 @@ class RateGap:
         if rates.sums.shape != (self.n_groups,):
             raise ValueError(f"expected rates of {self.n_groups} groups, got {len(rates.sums)}: correct n_groups")
         skip, carry = self.absent == "skip", self.absent == "carry"
-        if carry and _wrapped(rates.sums):
-            raise ValueError('expected a plain call with absent="carry", got one under torch.func: use "skip" there')
         filled = self.memory.fill(rates) if carry else rates
         weights = None if self.weights is None else self.weights(filled.sums)
         d = _ratio(*filled, skip) - reference_rate(filled, self.reference, weights, skip)
         c = self.bounded(d)
         if skip:
             c = c * _told(rates.counts, self.reference).repeat(self.m // self.n_groups)
-        if readable(c) and not math.isfinite(c.sum().item()):
-            raise ValueError(complaint(getattr(self.statistic, "__name__", "the statistic"), filled, self.absent))
+        check_finite(c, self.statistic, filled, self.absent)
         if carry:
             self.memory.keep(filled)
         return c
@@ -373,9 +479,56 @@ class RateGap:
 
     def __repr__(self) -> str:
         options = "".join(f", {k}=True" for k in ("two_sided", "hard") if getattr(self, k))
-        name = getattr(self.statistic, "__name__", self.statistic)
-        return (f"RateGap({name}, n_groups={self.n_groups}, bound={self.bound:g}, reference={self.reference!r}"
-                f"{options}, absent={self.absent!r})")
+        return (f"RateGap({_name(self.statistic)}, n_groups={self.n_groups}, bound={self.bound:g}, "
+                f"reference={self.reference!r}{options}, absent={self.absent!r})")
+
+# %% ../nbs/01_constraints.ipynb #b7ad46f0
+class MeanGap:
+    "Two-sided gaps that are means over rows, for any statistic and any way of drawing batches, Eq. (8)"
+    is_mean = True
+
+    def __init__(self,
+        statistic: Callable[..., Rates],  # `true_positive_rate`, or any function of the same form
+        n_groups: int,                    # Number of groups G
+        bound: float = 0.05,              # Largest gap allowed
+        reference: float | None = None,   # A value; None takes one from other rows in each call
+        hard: bool = False,               # Decisions (no gradient) in place of scores
+        weights: Tensor | Sequence[float] | None = None,  # Inverse-propensity weights, for `reference_of`
+    ):
+        check_gap(statistic, n_groups, bound, "skip")
+        number = isinstance(reference, Real) and not isinstance(reference, bool) and math.isfinite(reference)
+        if reference is not None and not number:
+            raise ValueError(f"expected a finite reference value, got {reference!r}: pass a rate, or none")
+        self.statistic, self.n_groups, self.bound, self.hard = statistic, int(n_groups), float(bound), bool(hard)
+        self.m, self.reference = 2 * self.n_groups, reference
+        self.weights = None if weights is None else GroupWeights(weights, self.n_groups)
+
+    def means(self, out: Tensor, batch) -> tuple[Tensor, Tensor]:
+        "Means of k v and of k, times G, by group, shape (G,) each"
+        check_rows(out)
+        rates = self.statistic(out, batch.g, batch.y, self.n_groups, hard=self.hard)
+        check_finite(rates.sums, self.statistic, rates, "skip")
+        return rates.sums * (self.n_groups / len(out)), rates.counts * (self.n_groups / len(out))
+
+    def reference_of(self, out: Tensor, batch) -> tuple[Tensor, Tensor]:
+        "The overall rate of other rows as two means, sigma and kappa"
+        kv, k = self.means(out, batch)
+        w = torch.ones_like(k) if self.weights is None else self.weights(k)
+        return w @ kv / self.n_groups, w @ k / self.n_groups
+
+    def __call__(self, out: Tensor, batch, reference: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        "Constraints of one batch, shape (2 G,); `reference` comes from `reference_of`, on rows drawn separately"
+        if (reference is None) == (self.reference is None):
+            raise ValueError(f"expected one reference, got {'none' if reference is None else 'two'}: fix a value in "
+                             "MeanGap(reference=...), or pass gaps.reference_of(out0, batch0) to the call")
+        kv, k = self.means(out, batch)
+        sigma, kappa = (self.reference, 1.0) if reference is None else reference
+        over, slack = kappa * kv - sigma * k, kappa * self.bound * k
+        return torch.cat([over - slack, -over - slack])
+
+    def __repr__(self) -> str:
+        return (f"MeanGap({_name(self.statistic)}, n_groups={self.n_groups}, bound={self.bound:g}, "
+                f"reference={self.reference!r}{', hard=True' if self.hard else ''})")
 
 # %% ../nbs/01_constraints.ipynb #0e1bc6e6
 class WeightedBCE:
@@ -389,11 +542,11 @@ class WeightedBCE:
         "Loss of one batch, which has `.y`, and `.g` where there are weights"
         z = flat_logits(out)
         y = binary_labels(batch.y, z)
-        if not len(y):
-            raise ValueError("expected at least one row, got an empty batch: the mean of no losses is not a number")
+        check_rows(y)
         if self.weights is None:
             return F.binary_cross_entropy_with_logits(z, y)
         w = self.weights(z)
+        check_codes(batch.g, z)
         try:
             return F.binary_cross_entropy_with_logits(z, y, weight=w.index_select(0, batch.g))
         except IndexError:

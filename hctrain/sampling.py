@@ -58,8 +58,8 @@ def _group_codes(
     "Codes as an int64 vector in which every group 0..G-1 has a row; anything else is refused"
     a = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
     if a.ndim != 1 or not len(a) or a.dtype.kind not in "iu":
-        raise ValueError(f"expected one integer group code a row, got shape {a.shape} and dtype {a.dtype}: "
-                         "pass a vector of codes, such as g.long()")
+        raise ValueError(f"expected one integer group code a row, for one row or more, got shape {a.shape} and dtype "
+                         f"{a.dtype}: pass a vector, such as g.long(); where groups overlap, give each mixture a code")
     low, high = int(a.min()), int(a.max())
     n = high + 1 if n_groups is None else _whole("n_groups", n_groups, 1)
     if low < 0 or high >= n:
@@ -87,8 +87,9 @@ class BalancedTable:
         self.seed = _whole("seed", seed, 0)
         self.replacement, self.size = bool(replacement), self.n_groups * self.per_group
         if not replacement and self.per_group > self._counts.min():
-            raise ValueError(f"expected batches with at most {self._counts.min()} rows of the smallest group, "
-                             f"got {per_group}: draw fewer, or with replacement=True")
+            who = "the smallest group" if self.n_groups > 1 else "the data"
+            raise ValueError(f"expected batches with at most {self._counts.min()} rows of {who}, got {per_group}: "
+                             "draw fewer, or with replacement=True")
         self.checksum = zlib.crc32(codes)
         self._order = np.argsort(codes.astype(np.min_scalar_type(self.n_groups)), kind="stable")
         self._starts = self._counts.cumsum() - self._counts
@@ -156,6 +157,8 @@ class Draws:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go to a saved position; a state of something else is refused and changes nothing"
         here = self._identity()
+        if not isinstance(state, dict):
+            raise ValueError(f"expected a state, a dict, got {type(state).__name__}: pass what state_dict() gave")
         differ = [k for k in here if state.get(k) != here[k]]
         if differ:
             there = {k: state.get(k) for k in differ}
@@ -216,6 +219,7 @@ def _checked(x: Tensor, y: Tensor, g: Tensor) -> Batch:
 # %% ../nbs/02_sampling.ipynb #b9747a90
 class Streams(Draws):
     "Independent streams of balanced batches from tensors in memory: `for xi, z0, z1, z2 in streams`"
+    _g: Tensor | None = None  # group codes that all balanced batches share
     def __init__(self,
         x: Tensor,                 # Features, shape (N, ...)
         y: Tensor,                 # Labels, shape (N,)
@@ -228,13 +232,15 @@ class Streams(Draws):
         self.data, self.n = _checked(x, y, g), _whole("n", n, 1)
         super().__init__(BalancedTable(g, per_group, replacement, seed), range(self.n), x.device)
         self.weights = _inverse_propensity(self.counts, self.data.y.dtype).to(x.device)
-        self._g: Tensor | None = None
 
     def draw(self, k: int | None = None) -> list[Batch]:
         "The next batches of streams 0 to k - 1, of all by default; every stream moves on by one"
         k = self.n if k is None else k
         if not 1 <= _whole("k", k, 1) <= self.n:
             raise ValueError(f"expected 1 to {self.n} batches, got {k}: draw fewer, or make Streams with a larger n")
+        if self._g is not None and self._g._version:
+            raise ValueError("expected the group codes of a balanced batch as drawn, got them changed in place: "
+                             "clone batch.g before writing into it, since all batches share it")
         rows = self.next_rows(k)
         x, y = (t.index_select(0, rows).view(k, self.table.size, *t.shape[1:]).unbind() for t in self.data[:2])
         return [Batch(*b) for b in zip(x, y, self._codes(rows, k), strict=True)]
@@ -245,9 +251,6 @@ class Streams(Draws):
             with torch.inference_mode(False):  # only an ordinary tensor counts the writes into it
                 self._g = torch.arange(self.n_groups, device=self.device).repeat_interleave(self.per_group)
             self._g.comes_again = True  # `RateGap` may keep what it knows of it
-        if self._g._version:
-            raise ValueError("expected the group codes of a balanced batch as drawn, got them changed in place: "
-                             "clone batch.g before writing into it, since all batches share it")
         return [self._g] * k
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,14 +10,18 @@ from hypothesis import assume, given, settings
 from torch.testing import assert_close
 
 from hctrain.constraints import (
+    MeanGap,
     RateGap,
+    Sharpened,
     WeightedBCE,
     accuracy,
     false_positive_rate,
     loss_rate,
     positive_rate,
+    smoothed_step,
     true_positive_rate,
 )
+from hctrain.evaluate import moments
 from hctrain.sampling import BalancedSampler, BalancedTable, RandomStreams, Streams
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -29,6 +33,12 @@ BY_HAND = {
     accuracy: (lambda p, y, z: y * p + (1 - y) * (1 - p), lambda y: 1 + 0 * y),
     loss_rate: (lambda p, y, z: np.log1p(np.exp(-np.abs(z))) + np.maximum(z, 0) - y * z, lambda y: 1 + 0 * y),
 }
+# the score of a logit divided by the temperature
+BY_HAND_TOO = {
+    torch.sigmoid: lambda u: 1 / (1 + np.exp(-u)),
+    smoothed_step: lambda u: np.select([u < -3, u > 3], [0, 1], 0.5 + u / 4 - u**3 / 108),
+}
+temperatures = st.sampled_from([0.05, 0.3, 1.0, 4.0])
 
 
 @st.composite
@@ -49,9 +59,9 @@ def populations(draw):
     return draw(st.permutations(np.repeat(np.arange(len(sizes)), sizes).tolist()))
 
 
-def by_hand(statistic, z, y, g, n_groups, hard):
+def by_hand(statistic, z, y, g, n_groups, hard, surrogate=torch.sigmoid, temperature=1.0):
     value, mask = BY_HAND[statistic]
-    p = (z > 0).astype(float) if hard else 1 / (1 + np.exp(-z))
+    p = (z > 0).astype(float) if hard else BY_HAND_TOO[surrogate](z / temperature)
     v = np.abs(y - p) if hard and statistic is loss_rate else value(p, y, z)
     k = mask(y)
     return np.array([[part[g == j].sum() for j in range(n_groups)] for part in (k * v, k)])
@@ -66,6 +76,42 @@ def test_rates_are_counts_under_any_grouping_and_cut(case, statistic, hard, data
     parts = [statistic(*map(torch.tensor, (z[s], g[s], y[s])), n_groups, hard=hard) for s in halves]
     want = torch.tensor(by_hand(statistic, z, y, g, n_groups, hard))
     assert_close(torch.stack(list(sum(parts))), want, rtol=1e-12, atol=1e-12)
+
+
+@quick
+@given(rows(), st.sampled_from(list(BY_HAND)[:4]), st.sampled_from(list(BY_HAND_TOO)), temperatures, st.booleans())
+def test_sharp_rates_are_counts_too(case, statistic, surrogate, temperature, hard):
+    n_groups, z, y, g = case
+    sharp = Sharpened(statistic, temperature, surrogate)
+    twin = pickle.loads(pickle.dumps(sharp))
+    if len(z):
+        row_by_row = moments(sharp, *map(torch.tensor, (z, y, g)), n_groups, hard)  # refuses what does not add up
+        assert row_by_row.isfinite().all()
+    want = torch.tensor(by_hand(statistic, z, y, g, n_groups, hard, surrogate, temperature))
+    for s in (sharp, twin):
+        got = s(*map(torch.tensor, (z, g, y)), n_groups, hard=hard)
+        assert_close(torch.stack(list(got)), want, rtol=1e-12, atol=1e-12)
+        if hasattr(statistic, "rows"):
+            v = s.rows(torch.tensor(z), torch.tensor(y), hard)
+            sums = torch.stack([v[torch.tensor(g) == j].sum() for j in range(n_groups)])
+            assert_close(sums, want[0], rtol=1e-12, atol=1e-12)
+
+
+@quick
+@given(rows(least=1), st.sampled_from([*list(BY_HAND)[:4], Sharpened(positive_rate, 0.3), Sharpened(accuracy, 0.3)]),
+       st.sampled_from(["batch", 0, 0.3]), st.integers(2, 4))
+def test_c_of_all_is_the_mean_of_c_where_it_says_so(case, statistic, reference, n):
+    n_groups, z, y, g = case
+    zs, ys = (torch.tensor(np.stack([np.roll(v, 7 * i) for i in range(n)])) for v in (z, y))  # other rows, same groups
+    g, together = torch.tensor(g), SimpleNamespace(g=torch.tensor(g).repeat(n), y=ys.flatten())
+    plain = RateGap(statistic, n_groups, reference=reference, two_sided=True, absent="skip")
+    for gaps in (plain, MeanGap(statistic, n_groups, reference=0.3)):
+        if gaps.is_mean:
+            mean = torch.stack([gaps(z, SimpleNamespace(g=g, y=y)) for z, y in zip(zs, ys, strict=True)]).mean(0)
+            assert_close(mean, gaps(zs.flatten(), together), rtol=1e-10, atol=1e-12)
+    counts = statistic(zs.flatten(), together.g, together.y, n_groups).counts
+    fixed = RateGap(statistic, n_groups, reference=0.3, two_sided=True, absent="skip")(zs.flatten(), together)
+    assert_close(gaps(zs.flatten(), together), (n_groups * counts / zs.numel()).repeat(2) * fixed)
 
 
 @quick
