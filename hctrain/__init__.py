@@ -4,6 +4,7 @@ __version__ = "0.0.1"
 
 from .constraints import (
     MeanGap,
+    Proxy,
     RateGap,
     Rates,
     Sharpened,

@@ -18,7 +18,8 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['Rates', 'flat_logits', 'readable', 'binary_labels', 'check_codes', 'group_sum', 'hard_decision', 'positive_rate',
            'true_positive_rate', 'false_positive_rate', 'accuracy', 'loss_rate', 'smoothed_step', 'Sharpened',
-           'reference_rate', 'Carry', 'GroupWeights', 'GapMatrix', 'RateGap', 'MeanGap', 'WeightedBCE', 'fairret_rate']
+           'reference_rate', 'Carry', 'GroupWeights', 'GapMatrix', 'RateGap', 'MeanGap', 'Proxy', 'true_values',
+           'WeightedBCE', 'fairret_rate']
 
 # %% ../nbs/01_constraints.ipynb #2715fc0f
 class Rates(NamedTuple):
@@ -358,22 +359,22 @@ def check_rows(rows: Tensor) -> None:
         raise ValueError("expected at least one row, got an empty batch: draw one with rows, or leave the step out")
 
 
-def complaint(name: str, rates: Rates, absent: str) -> str:
-    "Why the constraints formed from these rates are not finite"
+def complaint(name: str, rates: Rates, absent: str) -> ArithmeticError | ValueError:
+    "Why the constraints formed from these rates are not finite: groups without rows, or NaN in the network"
     missing = (rates.counts == 0).nonzero().flatten().tolist()
     if missing and absent != "skip":
         since = " since the start" if absent == "carry" else ""
-        return (f"expected rows of every group, got none that count for {name} in groups {missing}{since}: "
-                'draw balanced or larger batches, or choose absent="skip" or "carry"')
+        return ValueError(f"expected rows of every group, got none that count for {name} in groups {missing}{since}: "
+                          'draw balanced or larger batches, or choose absent="skip" or "carry"')
     bad = (~(rates.sums.isfinite() & rates.counts.isfinite())).nonzero().flatten().tolist()
-    return (f"expected finite values, got {name} that is NaN or infinite in groups {bad}: "
-            "look at the logits, and lower the step size")
+    return FloatingPointError(f"expected finite values, got {name} that is NaN or infinite in groups {bad}: "
+                              "look at the logits, and lower the step size")
 
 
-def check_finite(c: Tensor, statistic, rates: Rates, absent: str) -> None:
-    "Raise ValueError for constraints that are not finite, where they can be read"
+def check_values(c: Tensor, statistic, rates: Rates, absent: str) -> None:
+    "Raise for constraints that are not finite, where they can be read"
     if readable(c) and not math.isfinite(c.detach().sum().item()):
-        raise ValueError(complaint(_name(statistic), rates, absent))
+        raise complaint(_name(statistic), rates, absent)
 
 # %% ../nbs/01_constraints.ipynb #b7e775ab
 class GapMatrix:
@@ -464,7 +465,7 @@ class RateGap:
         c = self.bounded(d)
         if skip:
             c = c * _told(rates.counts, self.reference).repeat(self.m // self.n_groups)
-        check_finite(c, self.statistic, filled, self.absent)
+        check_values(c, self.statistic, filled, self.absent)
         if carry:
             self.memory.keep(filled)
         return c
@@ -507,7 +508,7 @@ class MeanGap:
         "Means of k v and of k, times G, by group, shape (G,) each"
         check_rows(out)
         rates = self.statistic(out, batch.g, batch.y, self.n_groups, hard=self.hard)
-        check_finite(rates.sums, self.statistic, rates, "skip")
+        check_values(rates.sums, self.statistic, rates, "skip")
         return rates.sums * (self.n_groups / len(out)), rates.counts * (self.n_groups / len(out))
 
     def reference_of(self, out: Tensor, batch) -> tuple[Tensor, Tensor]:
@@ -529,6 +530,40 @@ class MeanGap:
     def __repr__(self) -> str:
         return (f"MeanGap({_name(self.statistic)}, n_groups={self.n_groups}, bound={self.bound:g}, "
                 f"reference={self.reference!r}{', hard=True' if self.hard else ''})")
+
+# %% ../nbs/01_constraints.ipynb #103131ac
+class Proxy:
+    "Constraints whose gradient comes from a surrogate, while multipliers follow what is meant"
+    def __init__(self,
+        surrogate: RateGap,  # Differentiable: `gaps(out, batch)`
+        true: RateGap,       # What is meant: as many values of the same constraints, without gradient
+    ):
+        if surrogate.m != true.m:
+            raise ValueError(f"expected as many true constraints as surrogates, {surrogate.m}, got {true.m}: "
+                             "make both with the same groups and the same two_sided")
+        self.surrogate, self.true, self.m = surrogate, true, surrogate.m
+
+    def __call__(self, out: Tensor, batch) -> Tensor:
+        "The surrogate's constraints of one batch"
+        return self.surrogate(out, batch)
+
+    def state_dict(self) -> dict[str, dict]:
+        "What either carries"
+        return {"surrogate": self.surrogate.state_dict(), "true": self.true.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        "Restore what `state_dict` gave"
+        self.surrogate.load_state_dict(state["surrogate"])
+        self.true.load_state_dict(state["true"])
+
+    def __repr__(self) -> str:
+        return f"Proxy({self.surrogate}, true={self.true})"
+
+
+def true_values(gaps: Callable, out: Tensor, batch) -> Tensor:
+    "Constraint values for the multipliers: the true ones of a proxy, those of `gaps` otherwise; no gradient"
+    with torch.no_grad():
+        return getattr(gaps, "true", gaps)(out, batch)
 
 # %% ../nbs/01_constraints.ipynb #0e1bc6e6
 class WeightedBCE:

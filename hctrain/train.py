@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .constraints import readable
+from .constraints import readable, true_values
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, check_finite
 
 # %% auto #0
@@ -67,7 +67,7 @@ def one_draw_step(model, opt, loss, gaps, streams, joint):
     out = model(xi.x)
     f, c1 = loss(out, xi), gaps(out, xi)
     opt.zero_grad()
-    opt.dual_step(c1.detach())
+    opt.dual_step(true_values(gaps, out, xi) if hasattr(gaps, "true") else c1.detach())
     opt.lagrangian(f, c1).backward()
     opt.step()
 
@@ -80,7 +80,7 @@ def two_draw_step(model, opt, loss, gaps, streams, joint):
     with torch.no_grad():
         c2 = gaps(model(z2.x), z2)
     opt.zero_grad()
-    opt.dual_step(c1.detach())
+    opt.dual_step(true_values(gaps, out, z1) if hasattr(gaps, "true") else c1.detach())
     opt.lagrangian(f, c1, c2).backward()
     opt.step()
 
@@ -92,7 +92,7 @@ def three_draw_step(model, opt, loss, gaps, streams, joint):
     f, c1 = loss(out, xi), gaps(out1, z1)
     with torch.no_grad():
         out0, out2 = outputs(model, z0, z2, joint=joint)
-        c0, c2 = gaps(out0, z0), gaps(out2, z2)
+        c0, c2 = true_values(gaps, out0, z0), gaps(out2, z2)
     opt.zero_grad()
     opt.dual_step(c0)
     opt.lagrangian(f, c1, c2).backward()
@@ -103,7 +103,7 @@ def lazy_step(model, opt, loss, gaps, streams, joint):
     "c0 on a draw of its own, then the loss or the constraints on another"
     xi, z0, z1 = streams.draw(3)
     with torch.no_grad():
-        c0 = gaps(model(z0.x), z0)
+        c0 = true_values(gaps, model(z0.x), z0)
     opt.zero_grad()
     opt.dual_step(c0)
     opt.lagrangian(lambda: loss(model(xi.x), xi), lambda: gaps(model(z1.x), z1)).backward()

@@ -123,10 +123,12 @@ CASES = [
     # logits
     Case("two outputs", lambda w: w.sharp(torch.zeros(4, 2), batch()),
          "(n,) or (n, 1)", "(4, 2)", "before any sigmoid"),
-    Case("NaN logits, carry", lambda w: w.gaps["carry"](Z * NAN, batch()), "finite values", "[0, 1]", "lower the step"),
-    Case("NaN logits, sharp", lambda w: w.sharp(Z * NAN, batch()), "finite values", "Sharpened(pos", "look at the log"),
+    Case("NaN logits, carry", lambda w: w.gaps["carry"](Z * NAN, batch()), "finite values", "[0, 1]", "lower the step",
+         FloatingPointError),
+    Case("NaN logits, sharp", lambda w: w.sharp(Z * NAN, batch()), "finite values", "Sharpened(pos", "look at the log",
+         FloatingPointError),
     Case("NaN logits, mean", lambda w: w.mean.means(Z * NAN, batch()),
-         "finite values", "NaN or inf", "look at the log"),
+         "finite values", "NaN or inf", "look at the log", FloatingPointError),
     # arguments of constraints
     Case("bound below 0", lambda w: gap(bound=-0.1), "bound of at least 0", "got -0.1", "largest gap that is allowed"),
     Case("bound NaN", lambda w: gap(bound=NAN), "finite bound", "got nan", "largest gap that is allowed"),
