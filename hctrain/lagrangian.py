@@ -36,11 +36,8 @@ class PI:
             raise ValueError(f"expected kp as a finite number, got {self.kp!r}: positive damps, negative is momentum")
 
     @staticmethod
-    def momentum(
-        beta: float,           # Memory $\beta$, in [0, 1)
-        dampening: float = 0.  # Dampening $\delta$, as in `torch.optim.SGD`
-    ) -> PI:
-        "The gains that make momentum, v ← β v + (1 − δ) c and y ← y + η v"
+    def momentum(beta: float, dampening: float = 0.) -> PI:
+        "The gains of momentum, v ← β v + (1 − δ) c and y ← y + η v, with δ the dampening of `torch.optim.SGD`"
         check_numbers(beta=beta)
         if beta == 1:
             raise ValueError(f"expected beta in [0, 1), got {beta!r}: it would remember everything for ever")
@@ -48,10 +45,8 @@ class PI:
         return PI(kp=-beta / (1 - beta) * ki, ki=ki, nu=beta)
 
     @staticmethod
-    def averaging(
-        beta: float  # Memory $\beta$, in [0, 1)
-    ) -> PI:
-        "The gains that make ascent along a running average, v ← β v + (1 − β) c and y ← y + η v"
+    def averaging(beta: float) -> PI:
+        "The gains of ascent along a running average, v ← β v + (1 − β) c and y ← y + η v"
         return PI.momentum(beta, dampening=beta)
 
 # %% ../nbs/08_lagrangian.ipynb #a6747509
