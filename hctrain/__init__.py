@@ -17,6 +17,7 @@ from .constraints import (
     smoothed_step,
     true_positive_rate,
 )
+from .lagrangian import PI, Lagrangian
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_optimizer
 from .problem import KKT, Toy, kkt_residual, least_squares_multipliers, noisy_toy, toys
 from .projection import Ball, Box, Simplex, project_after

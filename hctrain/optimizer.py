@@ -23,15 +23,15 @@ from .problem import Battery, Toy, leaves, require, same, toys
 
 # %% auto #0
 __all__ = ['RULES', 'INNER', 'check_numbers', 'check_choice', 'is_finite', 'check_finite', 'Descent', 'Ascent', 'masked',
-           'listed', 'ConstrainedOptimizer', 'solve', 'SkipNonFinite', 'check_optimizer']
+           'Multipliers', 'listed', 'ConstrainedOptimizer', 'solve', 'SkipNonFinite', 'check_optimizer']
 
 # %% ../nbs/04_optimizer.ipynb #77a225b1
 def check_numbers(
-    **numbers: float  # By name: `beta` lies in [0, 1], `dual_bound` is positive, all others are at least 0
+    **numbers: float  # By name: `beta`, `nu`, `track` in [0, 1], `dual_bound` positive, all others at least 0
 ) -> None:
     "Refuse a hyper-parameter that is no finite number in its range"
     for name, v in numbers.items():
-        high, low_open = (1. if name == "beta" else math.inf), name == "dual_bound"
+        high, low_open = (1. if name in ("beta", "nu", "track") else math.inf), name == "dual_bound"
         number = isinstance(v, Real) or isinstance(v, Tensor) and v.dim() == 0
         number = number and not isinstance(v, bool) and math.isfinite(v)
         if not (number and 0 <= v <= high and not (low_open and v == 0)):
@@ -369,6 +369,30 @@ class _Descend:
             for grad in grads if ok is not None else ():
                 grad.copy_(masked(grad, ok))
 
+# %% ../nbs/04_optimizer.ipynb #d20f6b31
+class Multipliers:
+    "The dual step as an attribute, and the mask of the equalities"
+    @property
+    def dual_lr(self) -> float:
+        "The dual step η: the `lr` of `opt.dual`, which a scheduler may drive"
+        return self.dual.param_groups[0]["lr"]
+
+    @dual_lr.setter
+    def dual_lr(self, value: float) -> None:
+        check_numbers(dual_lr=value)
+        self.dual.param_groups[0]["lr"] = value
+
+    def mask(self, equality: Tensor | None) -> Tensor | None:
+        "The mask of the equalities, after a check of its shape and type"
+        if equality is None:
+            return None
+        tensor = isinstance(equality, Tensor)
+        if not tensor or equality.dtype != torch.bool or equality.shape != (self.m,):
+            came = f"{equality.dtype} of shape {tuple(equality.shape)}" if tensor else type(equality).__name__
+            raise ValueError(f"expected equality as a boolean tensor of shape ({self.m},), got {came}: "
+                             "True marks an equality")
+        return equality.to(self.device)
+
 # %% ../nbs/04_optimizer.ipynb #3e2a10cd
 class _Shown:
     "What an optimizer looks like"
@@ -467,8 +491,7 @@ class SkipNonFinite:
         self.opt, self.limit, self.count, self.in_a_row = opt, limit, 0, 0
 
     def __enter__(self):
-        now = {name: getattr(self.opt, name) for name in getattr(self.opt, "saved", ())}
-        self.before = {name: v.clone() if isinstance(v, Tensor) else v for name, v in now.items()}
+        self.before = {name: copy.deepcopy(getattr(self.opt, name)) for name in getattr(self.opt, "saved", ())}
         return self
 
     def __exit__(self, kind, error, trace) -> bool:

@@ -12,7 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .optimizer import Ascent, ConstrainedOptimizer, check_choice, check_numbers, is_finite, masked
+from hctrain.optimizer import (
+    Ascent,
+    ConstrainedOptimizer,
+    Multipliers,
+    check_choice,
+    check_numbers,
+    is_finite,
+    masked,
+)
 
 # %% auto #0
 __all__ = ['EQUALITY', 'INEQUALITIES', 'Inequality', 'SSLALM']
@@ -37,17 +45,6 @@ class _Form:
         "One of the three functions of the chosen inequality; the equality's where the mask says so"
         value = getattr(INEQUALITIES[self.inequality], part)(*args)
         return value if self.equality is None else torch.where(self.equality, getattr(EQUALITY, part)(*args), value)
-
-    def mask(self, equality: Tensor | None) -> Tensor | None:
-        "The mask of the equalities, after a check of its shape and type"
-        if equality is None:
-            return None
-        tensor = isinstance(equality, Tensor)
-        if not tensor or equality.dtype != torch.bool or equality.shape != (self.m,):
-            came = f"{equality.dtype} of shape {tuple(equality.shape)}" if tensor else type(equality).__name__
-            raise ValueError(f"expected equality as a boolean tensor of shape ({self.m},), got {came}: "
-                             "True marks an equality")
-        return equality.to(self.device)
 
 # %% ../nbs/05_sslalm.ipynb #d6db199b
 def _freed(node) -> bool:
@@ -85,21 +82,8 @@ class _Slack:
         self.weights.clear()
         super().zero_grad(set_to_none)
 
-# %% ../nbs/05_sslalm.ipynb #45d28997
-class _DualStep:
-    "The dual step as an attribute"
-    @property
-    def dual_lr(self) -> float:
-        "The dual step η: the `lr` of `opt.dual`, which a scheduler may drive"
-        return self.dual.param_groups[0]["lr"]
-
-    @dual_lr.setter
-    def dual_lr(self, value: float) -> None:
-        check_numbers(dual_lr=value)
-        self.dual.param_groups[0]["lr"] = value
-
 # %% ../nbs/05_sslalm.ipynb #b029ed51
-class SSLALM(_Form, _Slack, _DualStep, ConstrainedOptimizer):
+class SSLALM(_Form, _Slack, Multipliers, ConstrainedOptimizer):
     "Stochastic smoothed and linearized augmented Lagrangian method, Eqs. (2)-(3) of arXiv 2509.21254"
     saved = ("y", "s", "s_anchor", "slack_lr", "dual_lr", "rho", "dual_bound", "inequality", "equality")
     claims = frozenset({"equality", "multipliers", "optimizer"})
@@ -133,9 +117,7 @@ class SSLALM(_Form, _Slack, _DualStep, ConstrainedOptimizer):
 
     def lagrangian(self, f, c1, c2=None):
         "Scalar with the gradient ∇f + ∇c(x, ζ₁)ᵀ (y + ρ (c(x, ζ₂) + s)); `c2=None` takes the values of `c1`"
-        f = self.scalar(f() if callable(f) else f)
-        c1 = self.values("c1", c1() if callable(c1) else c1, graph=True)
-        c2 = c1.detach() if c2 is None else self.values("c2", c2).detach()
+        f, c1, c2 = self.terms(f, c1, c2)
         r = self.form("residual", c2, self.s)
         w = self.form("weight", torch.add(self.y, r, alpha=self.rho), c1)         # y + ρ c(x, ζ₂)
         L = f + (weighted := w @ c1)                                              # (2)
