@@ -88,6 +88,7 @@ def _start(options: dict) -> tuple[Path, dict]:
     write_atomically(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     return folder, config
 
+# %% ../nbs/50_cli.ipynb #ef172fbf
 def _again(given: dict) -> tuple[Path, dict]:
     "The folder and configuration of a run to go on with"
     if others := sorted(given.keys() - {"resume"}):

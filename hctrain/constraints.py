@@ -559,7 +559,7 @@ class Proxy:
     def __repr__(self) -> str:
         return f"Proxy({self.surrogate}, true={self.true})"
 
-
+# %% ../nbs/01_constraints.ipynb #6c691427
 def true_values(gaps: Callable, out: Tensor, batch) -> Tensor:
     "Constraint values for the multipliers: the true ones of a proxy, those of `gaps` otherwise; no gradient"
     with torch.no_grad():

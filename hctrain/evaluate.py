@@ -66,7 +66,7 @@ def row_terms(
     a, b = torch.vmap(lambda z, y: tuple(statistic(z[None], zero, y[None], 1, hard=hard)))(z, y)
     return a[:, 0], b[:, 0]
 
-
+# %% ../nbs/20_evaluate.ipynb #e63bae0b
 def moments(
     statistic: Callable[..., Rates],  # positive_rate, or any function of the same form
     z: Tensor,                        # Logits, shape (n,)

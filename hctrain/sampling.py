@@ -350,6 +350,7 @@ def _restores(make):
         require(all(same(_draws(twin, 40), after) for twin in twins), f"the draws differ when restored after {n}")
         require(same(saved, before), "a saved state changed while drawing went on: copy it")
 
+# %% ../nbs/02_sampling.ipynb #41f99a7b
 @SAMPLER_RULES.rule
 def _refuses_states(make):
     "refuses the state of other data or another seed, and changes nothing"

@@ -54,6 +54,7 @@ def _freed(node) -> bool:
     except RuntimeError:
         return True
 
+# %% ../nbs/05_sslalm.ipynb #6e09e663
 class _Slack:
     "The slack's step"
     @torch.no_grad()
