@@ -14,6 +14,7 @@ from .constraints import (
     true_positive_rate,
 )
 from .optimizer import ConstrainedOptimizer, check_optimizer
+from .penalty import Penalty, PenaltyBarrier, SmoothedPenalty
 from .problem import KKT, Toy, kkt_residual, least_squares_multipliers, noisy_toy, toys
 from .projection import Ball, Box, Simplex, project_after
 from .sampling import BalancedSampler, Batch, RandomStreams, Streams
