@@ -19,6 +19,7 @@ from .constraints import (
 )
 from .lagrangian import PI, Lagrangian
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_optimizer
+from .penalty import Penalty, PenaltyBarrier, SmoothedPenalty
 from .problem import KKT, Toy, kkt_residual, least_squares_multipliers, noisy_toy, toys
 from .projection import Ball, Box, Simplex, project_after
 from .sampling import BalancedSampler, Batch, RandomStreams, Streams, check_sampler
