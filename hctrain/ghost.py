@@ -76,11 +76,11 @@ def interior_point(
     x = torch.cat([z - lo, hi - z, (b - A @ z).clamp(min=1)])                # distances to the bounds, slacks
     y = torch.ones_like(x)                                                   # their multipliers
     for _ in range(rounds):
-        (l, w, s), (a, v, u) = x.split([n, n, len(b)]), y.split([n, n, len(b)])
-        rd, rp, mu = h + q * z + u @ A - a + v, A @ z + s - b, x @ y / len(x)
+        (low, high, s), (y_low, y_high, u) = x.split([n, n, len(b)]), y.split([n, n, len(b)])
+        rd, rp, mu = h + q * z + u @ A - y_low + y_high, A @ z + s - b, x @ y / len(x)
         if max(rd.abs().max(), rp.abs().max(), mu) < 1e-12:
             break
-        theta = q + a / l + v / w
+        theta = q + y_low / low + y_high / high
         L, failed = torch.linalg.cholesky_ex((A / theta) @ A.T + torch.diag(s / u))
         if failed:
             break
@@ -140,7 +140,7 @@ def boxed_direction(
     y = interior_point(g, tau, J, -room, -edge, edge)[1]
     d = direction(y)
     free, fixed = d.abs() < box, d * (d.abs() >= box)
-    F = J * free                                                            # Newton's last step: what is at the box stays
+    F = J * free                                                            # Newton's last step: the box holds the rest
     last = nonnegative_qp((F @ F.T)[None], (tau * (room + J @ fixed) - F @ g)[None])[0]
     best = min(y, last, key=lambda y: _residual(room + J @ direction(y), y))
     return direction(best), best
@@ -235,8 +235,8 @@ class LinearRows:
 
     def __enter__(self):
         self.calls, self.outs = [], []
-        layers = [l for l in self.model.modules() if isinstance(l, nn.Linear)]
-        self.hooks = [l.register_forward_hook(self._layer) for l in layers]
+        layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
+        self.hooks = [layer.register_forward_hook(self._layer) for layer in layers]
         self.hooks.append(self.model.register_forward_hook(lambda _, args, out: self.outs.append(out)))
         return self
 
@@ -258,8 +258,8 @@ class LinearRows:
         return Z if self.usable else backward_passes(terms, params)
 
     def _fits(self, params, sizes):
-        layers = [l for l, *_ in self.calls]
-        known = {id(p) for l in layers for p in (l.weight, l.bias)}
+        layers = [layer for layer, *_ in self.calls]
+        known = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
         flat = all(a.dim() == 2 for _, a, _ in self.calls)
         once = len(self.outs) == 1 and len(set(layers)) == len(layers) and self.outs[0].numel() == sum(sizes)
         return once and flat and all(id(p) in known for p in params)
@@ -351,7 +351,7 @@ def _check(inner, box, tau, lam, alpha, cap, batch, decay):
                                 ("lam", lam, "(0, 1)", lambda v: 0 < v < 1),
                                 ("alpha", alpha, "(0, 1)", lambda v: 0 < v < 1),
                                 ("decay", decay, "[0, 1]", lambda v: 0 <= v <= 1)):
-        check_numbers(**{f"{name}_" if name == "beta" else name: v})
+        check_numbers(**{name: v})
         if not ok(v):
             raise ValueError(f"expected {name} in {range_}, got {v!r}: pass a number of that range")
     for name, v, least in (("cap", cap, 0), ("batch", batch, 1)):
@@ -376,13 +376,13 @@ class _Move:
 # %% ../nbs/07_ghost.ipynb #a83513d1
 class StochasticGhost(_Samples, _Move, ConstrainedOptimizer):
     "Stochastic Ghost, Facchinei and Kungurtsev (arXiv 2307.02943): unbiased directions, no penalty parameter"
-    saved = ("k", "y", "s", "inner", "box", "tau", "lam", "alpha", "cap", "batch", "debias", "schedule", "decay", "seed")
-    knobs = saved[3:]
+    knobs = ("inner", "box", "tau", "lam", "alpha", "cap", "batch", "debias", "schedule", "decay", "seed")
+    saved = ("k", "y", "s", *knobs)
     claims, draws_itself = frozenset({"multipliers"}), True
     def __init__(self,
         params: Iterable,            # Parameters or parameter groups, x
         m: int,                      # Number of constraints
-        lr: float = 0.3,             # First step γ_0
+        lr: float = 0.5,             # First step γ_0
         inner: float = 0.8,          # Box of the linear program, ρ
         box: float = 10.0,           # Box of the direction, β
         tau: float = 1.0,            # Curvature of the subproblem, τ
@@ -392,7 +392,7 @@ class StochasticGhost(_Samples, _Move, ConstrainedOptimizer):
         batch: int = 1,              # Samples of the coarsest batch
         debias: bool = True,         # Multi-level direction; False takes that of one batch
         schedule: str = "power",     # How the step falls: `"power"` or `"damped"`
-        decay: float = 0.6,          # How fast
+        decay: float = 0.75,         # How fast
         project: Callable | None = None,  # Projects a list of tensors onto X, in place
         seed: int = 0                # Of the levels
     ):
