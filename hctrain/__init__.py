@@ -13,6 +13,7 @@ from .constraints import (
     positive_rate,
     true_positive_rate,
 )
+from .ghost import StochasticGhost
 from .optimizer import ConstrainedOptimizer, check_optimizer
 from .problem import KKT, Toy, kkt_residual, least_squares_multipliers, noisy_toy, toys
 from .projection import Ball, Box, Simplex, project_after
