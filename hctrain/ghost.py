@@ -205,25 +205,29 @@ class Levels(NamedTuple):
 
 # %% ../nbs/07_ghost.ipynb #28159008
 def backward_passes(
-    terms: list[Tensor],  # For each sample set f and c in one vector, shape (1 + m,)
-    params: list[Tensor]  # Parameters
+    terms: list[tuple[Tensor, Tensor]],  # f and c of each sample set
+    params: list[Tensor]                 # Parameters
 ) -> Tensor:
-    "Gradients of all terms, shape (sets, 1 + m, n), float64, by one backward pass each"
+    "Gradients of f and each c, shape (sets, 1 + m, n), float64, by one backward pass each"
     def gradient(t):
         grads = torch.autograd.grad(t, params, retain_graph=True, allow_unused=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).double()
                           for g, p in zip(grads, params, strict=True)])
-    return torch.stack([torch.stack([gradient(t) for t in term]) for term in terms])
+    return torch.stack([torch.stack([gradient(t) for t in (f, *c)]) for f, c in terms])
 
-# %% ../nbs/07_ghost.ipynb #e3aaa327
-def _runs(sizes: list[int], Z: Tensor, W: Tensor, a: Tensor):
-    "Sample sets that follow each other and have one size, stacked: their part of Z, and their rows of W and a"
+# %% ../nbs/07_ghost.ipynb #32e74935
+def _pieces(sizes: list[int], most: int = 1024):
+    "Which sets and rows to take at a time: small sets of one size together, large ones in parts that fit into a cache"
     first, at = 0, 0
     for size, same in itertools.groupby(sizes):
         k = len(list(same))
-        rows = slice(at, at + k * size)
-        yield Z[first:first + k], W[rows].view(k, size, -1), a[rows].view(k, size, -1)
-        first, at = first + k, rows.stop
+        if k * size <= most:
+            yield slice(first, first + k), slice(at, at + k * size)
+        else:
+            for i, low in itertools.product(range(k), range(0, size, most)):
+                start = at + i * size
+                yield slice(first + i, first + i + 1), slice(start + low, start + min(low + most, size))
+        first, at = first + k, at + k * size
 
 # %% ../nbs/07_ghost.ipynb #8eeb2b85
 class LinearRows:
@@ -249,7 +253,7 @@ class LinearRows:
         if out.requires_grad and layer.weight.requires_grad | (layer.bias is not None and layer.bias.requires_grad):
             self.calls.append((layer, args[0].detach(), torch.autograd.graph.get_gradient_edge(out)))
 
-    def jacobian(self, terms: list[Tensor], params: list[Tensor], sizes: list[int]) -> Tensor:
+    def jacobian(self, terms: list[tuple[Tensor, Tensor]], params: list[Tensor], sizes: list[int]) -> Tensor:
         "What `backward_passes` gives, where set i is the next sizes[i] rows of the one call of the network"
         self.usable = self.usable and self._fits(params, sizes)
         if self.usable:
@@ -265,24 +269,27 @@ class LinearRows:
         return once and flat and all(id(p) in known for p in params)
 
     def _product(self, terms, params, sizes):
-        V, (out,) = self._cotangents(terms), self.outs
-        D = torch.autograd.grad(out.sum(), [edge for *_, edge in self.calls], retain_graph=True)
+        V, (out,) = self._cotangents(terms).T.contiguous(), self.outs    # (rows, 1 + m)
+        D = torch.autograd.grad(out, [edge for *_, edge in self.calls], torch.ones_like(out), retain_graph=True)
         ends = torch.tensor([p.numel() for p in params]).cumsum(0).tolist()
         at = {id(p): slice(end - p.numel(), end) for p, end in zip(params, ends, strict=True)}
-        Z = torch.zeros(len(sizes), len(V), ends[-1], dtype=torch.float64, device=out.device)
+        Z = torch.zeros(len(sizes), V.shape[1], ends[-1], dtype=torch.float64, device=out.device)
         for (layer, a, _), d in zip(self.calls, D, strict=True):
-            W = (V.T[:, :, None] * d[:, None]).flatten(1)                # (rows, (1 + m) outputs of the layer)
-            for z, w, rows in _runs(sizes, Z, W, a):
+            for sets, rows in _pieces(sizes):
+                k = sets.stop - sets.start
+                w = (V[rows, :, None] * d[rows, None]).view(k, -1, V.shape[1] * d.shape[1])
                 if id(layer.weight) in at:
-                    z[:, :, at[id(layer.weight)]] = (w.mT @ rows).view(*z.shape[:2], -1)
+                    x = a[rows].view(k, -1, a.shape[1])
+                    Z[sets, :, at[id(layer.weight)]] += (w.mT @ x).view(k, V.shape[1], -1)
                 if id(layer.bias) in at:
-                    z[:, :, at[id(layer.bias)]] = w.sum(1).view(*z.shape[:2], -1)
+                    Z[sets, :, at[id(layer.bias)]] += w.sum(1).view(k, V.shape[1], -1)
         return Z
 
     def _cotangents(self, terms):
-        out, = self.outs                                                 # of these a row belongs to one set alone
-        units = [torch.eye(len(t), dtype=t.dtype, device=t.device) for t in terms]
-        grad = lambda v, **options: torch.autograd.grad(terms, out, v, retain_graph=True, **options)[0]
+        (out,), flat = self.outs, [t for term in terms for t in term]    # a row of out belongs to one set alone
+        unit = torch.eye(1 + len(flat[1]), dtype=flat[1].dtype, device=out.device)
+        units = [unit[:, 0].to(flat[0].dtype), unit[:, 1:]] * len(terms)
+        grad = lambda v, **options: torch.autograd.grad(flat, out, v, retain_graph=True, **options)[0]
         if self.batched:
             try:
                 return grad(units, is_grads_batched=True).flatten(1)
@@ -292,7 +299,8 @@ class LinearRows:
 
     def _agrees(self, Z, terms, params):
         w = torch.linspace(1, 2, Z.shape[0] * Z.shape[1], device=Z.device).view(Z.shape[:2])
-        grads = torch.autograd.grad((w * torch.stack(terms)).sum(), params, retain_graph=True)
+        total = sum(v[0] * f + v[1:] @ c.to(v) for v, (f, c) in zip(w, terms, strict=True))
+        grads = torch.autograd.grad(total, params, retain_graph=True)
         known = torch.cat([g.reshape(-1) for g in grads]).double()
         return bool((known - (w[..., None] * Z).sum((0, 1))).abs().max() <= 1e-3 * known.abs().max())
 
@@ -320,7 +328,7 @@ class _Samples:
         f, c = answer
         if isinstance(f, Tensor) and isinstance(c, Tensor) and f.dim() == 1 and c.dim() == 2 and len(f) == len(c):
             f, c = f.mean(), c.mean(0)
-        return self.scalar(f).to(self.dtype), self.values("c", c, graph=True)
+        return self.scalar(f), self.values("c", c, graph=True)
 
     def finite_now(self, **tensors: Tensor) -> None:
         "Refuse non-finite values at once, on a device too"
@@ -412,20 +420,20 @@ class StochasticGhost(_Samples, _Move, ConstrainedOptimizer):
 
     @torch.no_grad()
     def step(self, closure=None, jacobian=backward_passes):
-        "x ← proj_X(x + γ_k d); the value of f on the largest batch"
+        "x ← proj_X(x + γ_k d); f on the largest batch"
         if not callable(closure):
             raise TypeError("expected a closure, got none: closure(n) returns (f, c) on n fresh samples")
         params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
         with torch.enable_grad():
-            terms = [torch.cat([f[None], c]) for f, c in (self.ask(closure, n) for n in self.sizes)]
-            values = torch.stack(terms).detach().double()
-            self.finite_now(f=values[:, 0], c=values[:, 1:])
+            terms = [self.ask(closure, n) for n in self.sizes]
+            f, values = (torch.stack([t.detach() for t in ts]).double() for ts in zip(*terms, strict=True))
+            self.finite_now(f=f, c=values)
             Z = jacobian(terms, params)
         self.finite_now(gradient=Z)
         weights = Z.new_ones(1)
         if self.debias:                                          # 3 sets serve 4 subproblems: the whole is the mean
             Z, values = (torch.cat([v, v[1:].mean(0, keepdim=True)]) for v in (Z, values))
             weights = Z.new_tensor([0, -.5, -.5, 1]) / self.levels.p(self.level) + Z.new_tensor([1, 0, 0, 0])
-        sub = ghost_direction(Z, values[:, 1:], self.inner, self.box, self.tau, self.lam)
+        sub = ghost_direction(Z, values, self.inner, self.box, self.tau, self.lam)
         self.move(params, weights @ sub.d, weights @ sub.y)
-        return values[-1, 0]
+        return f[1:].mean() if self.debias else f[0]
