@@ -217,16 +217,17 @@ def backward_passes(
 
 # %% ../nbs/07_ghost.ipynb #32e74935
 def _pieces(sizes: list[int], most: int = 1024):
-    "Which sets and rows to take at a time: small sets of one size together, large ones in parts that fit into a cache"
+    "Sets and rows to take at a time, and how to store: small sets of one size together, large ones in parts"
     first, at = 0, 0
     for size, same in itertools.groupby(sizes):
         k = len(list(same))
         if k * size <= most:
-            yield slice(first, first + k), slice(at, at + k * size)
+            yield slice(first, first + k), slice(at, at + k * size), Tensor.copy_
         else:
             for i, low in itertools.product(range(k), range(0, size, most)):
                 start = at + i * size
-                yield slice(first + i, first + i + 1), slice(start + low, start + min(low + most, size))
+                yield slice(first + i, first + i + 1), slice(start + low, start + min(low + most, size)), (
+                    Tensor.add_ if low else Tensor.copy_)
         first, at = first + k, at + k * size
 
 # %% ../nbs/07_ghost.ipynb #8eeb2b85
@@ -273,16 +274,16 @@ class LinearRows:
         D = torch.autograd.grad(out, [edge for *_, edge in self.calls], torch.ones_like(out), retain_graph=True)
         ends = torch.tensor([p.numel() for p in params]).cumsum(0).tolist()
         at = {id(p): slice(end - p.numel(), end) for p, end in zip(params, ends, strict=True)}
-        Z = torch.zeros(len(sizes), V.shape[1], ends[-1], dtype=torch.float64, device=out.device)
+        Z = torch.empty(len(sizes), V.shape[1], ends[-1], dtype=torch.float64, device=out.device)
         for (layer, a, _), d in zip(self.calls, D, strict=True):
-            for sets, rows in _pieces(sizes):
+            for sets, rows, store in _pieces(sizes):
                 k = sets.stop - sets.start
                 w = (V[rows, :, None] * d[rows, None]).view(k, -1, V.shape[1] * d.shape[1])
                 if id(layer.weight) in at:
                     x = a[rows].view(k, -1, a.shape[1])
-                    Z[sets, :, at[id(layer.weight)]] += (w.mT @ x).view(k, V.shape[1], -1)
+                    store(Z[sets, :, at[id(layer.weight)]], (w.mT @ x).view(k, V.shape[1], -1))
                 if id(layer.bias) in at:
-                    Z[sets, :, at[id(layer.bias)]] += w.sum(1).view(k, V.shape[1], -1)
+                    store(Z[sets, :, at[id(layer.bias)]], w.sum(1).view(k, V.shape[1], -1))
         return Z
 
     def _cotangents(self, terms):
