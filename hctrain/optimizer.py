@@ -426,6 +426,7 @@ class ConstrainedOptimizer(_Values, _Mask, _Losses, _Finite, _FiniteGradients, _
     knobs: tuple[str, ...] = ()           # attributes that its repr shows; `saved` if there are none
     group_options: tuple[str, ...] = ()   # options that a group may have besides those with a default
     lazy: bool = False                    # whether it calls only one of f and c1 a step, and never needs c2
+    draws_itself: bool = False            # whether it is run by step(closure), closure(n) giving f and c on n samples
     claims: frozenset[str] = frozenset()  # of "equality", "multipliers", "optimizer": what the battery may try
     def __init__(self,
         params: Iterable | torch.optim.Optimizer,  # Parameters, parameter groups or a torch optimizer
@@ -456,6 +457,26 @@ class ConstrainedOptimizer(_Values, _Mask, _Losses, _Finite, _FiniteGradients, _
         "A vector of shape (m,) beside the parameters, in float32 or better"
         return torch.zeros(self.m, dtype=self.dtype, device=self.device)
 
+# %% ../nbs/04_optimizer.ipynb #c2f1e07a
+def _fresh(toy: Toy, x: Tensor, gen: torch.Generator) -> Callable:
+    "`closure(n)`: f and c as means over n fresh samples"
+    mean = lambda n, like: torch.randn(n, len(like), generator=gen, dtype=like.dtype).mean(0).to(x.dtype)
+    return lambda n: (toy.f(x, mean(n, toy.x0)), toy.c(x, mean(n, toy.y_star)))
+
+def _loop_step(opt, x, toy, gen, draws):
+    "One step of the loop"
+    if opt.draws_itself:
+        opt.step(_fresh(toy, x, gen))
+        return
+    xi, z0, z1, z2 = (noise.to(x.dtype) for noise in toy.draw(gen))
+    c1 = toy.c(x, z1)
+    with torch.no_grad():
+        c0, c2 = toy.c(x, z0) if draws == 3 else c1.detach(), toy.c(x, z2) if draws > 1 else None
+    opt.zero_grad()
+    opt.dual_step(c0)
+    opt.lagrangian(toy.f(x, xi), c1, c2).backward()
+    opt.step()
+
 # %% ../nbs/04_optimizer.ipynb #85cff52a
 def solve(
     opt: ConstrainedOptimizer,  # Made on `[x]`
@@ -468,14 +489,7 @@ def solve(
     "Run a constrained optimizer on a toy; means of x, and of y where there is one, over the second half"
     gen, xs, ys = torch.Generator().manual_seed(seed), torch.zeros_like(toy.x0), torch.zeros_like(toy.y_star)
     for k in range(steps):
-        xi, z0, z1, z2 = (noise.to(x.dtype) for noise in toy.draw(gen))
-        c1 = toy.c(x, z1)
-        with torch.no_grad():
-            c0, c2 = toy.c(x, z0) if draws == 3 else c1.detach(), toy.c(x, z2) if draws > 1 else None
-        opt.zero_grad()
-        opt.dual_step(c0)
-        opt.lagrangian(toy.f(x, xi), c1, c2).backward()
-        opt.step()
+        _loop_step(opt, x, toy, gen, draws)
         if k >= steps // 2:
             xs += x.detach()
             ys += getattr(opt, "y", ys.new_zeros(()))
@@ -526,8 +540,9 @@ class _Model:
         self.b = torch.tensor([.7, -.2], dtype=dtype, device=device).requires_grad_()
         self.opt = make(params(self.w, self.b), 2, **options)
 
-    def terms(self, k):
-        n = torch.randn(4, 2, generator=torch.Generator().manual_seed(k), dtype=torch.float64).to(self.w)
+    def terms(self, k, means=1):
+        n = torch.randn(means, 4, 2, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        n = n.mean(0).to(self.w)
         out = lambda z: self.w @ z + self.b
         c = lambda z: torch.stack([out(z)[0] + out(z)[1] ** 2 - .5, self.w.square().sum() - 1.2 + .1 * z[0]])
         return ((out(n[0]) - n[0] - 1) ** 2).mean(), c(n[1]).detach(), c(n[2]), c(n[3]).detach()
@@ -538,10 +553,22 @@ class _Model:
         self.opt.dual_step(c0)
         self.opt.lagrangian(f, c1, c2).backward()
 
+    def closure(self, k):
+        "For methods that draw themselves: each call sees other noise, which depends on the step alone"
+        calls = iter(range(1000 * k, 1000 * (k + 1)))
+        return lambda n: self.terms(next(calls), n)[::2]
+
+    def give(self, f, c1, c2):
+        "Hand values to the method, without a backward pass of the loop"
+        return self.opt.step(lambda n: (f, c1)) if self.opt.draws_itself else self.opt.lagrangian(f, c1, c2)
+
     def run(self, *ks):
         for k in ks:
-            self.backward(k)
-            self.opt.step()
+            if self.opt.draws_itself:
+                self.opt.step(self.closure(k))
+            else:
+                self.backward(k)
+                self.opt.step()
         return self
 
     def state(self):
@@ -574,7 +601,7 @@ def _solves(make):
         if toy.equality.any() and "equality" not in claims:
             continue
         opt = make([x], toy.m, **({"equality": toy.equality} if toy.equality.any() else {}))
-        x_mean, y_mean = solve(opt, x, toy, steps=2000)
+        x_mean, y_mean = solve(opt, x, toy, steps=500 if opt.draws_itself else 2000)
         require((x_mean - toy.x_star).norm() < .06,
                 f"{toy.name}: expected x near {toy.x_star.tolist()}, got {x_mean.tolist()}")
         if "multipliers" in claims:
@@ -718,6 +745,8 @@ def _dual_scheduled(make):
 def _clipped(make):
     "steps along the gradients that it finds, after clipping"
     a = _Model(make)
+    if a.opt.draws_itself:
+        return
     w, b = a.w.detach().clone(), a.b.detach().clone()
     a.backward(0)
     torch.nn.utils.clip_grad_norm_([a.w, a.b], 0.)
@@ -729,6 +758,8 @@ def _clipped(make):
 def _accumulates(make):
     "makes the step of a large batch from parts whose gradients add up"
     whole, parts = _Model(make), _Model(make)
+    if whole.opt.draws_itself:
+        return
     mean = lambda model, k: [sum(t) / 2 for t in zip(model.terms(k), model.terms(k + 1), strict=True)]
     for k in range(0, 12, 2):
         f, c0, c1, c2 = mean(whole, k)
@@ -762,6 +793,10 @@ def _step_with_closure(model: _Model, k: int) -> Tensor | None:
 def _closures(make):
     "makes the same step with a closure"
     a, b = _Model(make).run(0, 1), _Model(make)
+    if a.opt.draws_itself:
+        _refused(a.opt.step, a, "a step without a closure", TypeError)
+        require(a.opt.step(a.closure(2)) is not None, "step(closure) should return the loss")
+        return
     for k in (0, 1):
         require(_step_with_closure(b, k) is not None, "step(closure) should return the closure's loss")
     require(same(a.state(), b.state()), "a step with a closure differs from one without")
@@ -820,19 +855,25 @@ def _bad_values(ok: Tensor) -> dict[str, tuple]:
             "integers": (ok.long(), TypeError), "complex": (ok.to(torch.complex64), TypeError),
             "another device": (ok.to("meta"), ValueError)}
 
+# %% ../nbs/04_optimizer.ipynb #7f158e7e
 @RULES.rule
 def _refuses_values(make):
     "refuses constraint values that make no sense and changes nothing"
     a = _Model(make).run(0, 1)
     f, c0, c1, c2 = a.terms(2)
     for what, (bad, error) in _bad_values(c0).items():
+        error = TypeError if a.opt.draws_itself else error
         _refused(lambda bad=bad: a.opt.dual_step(bad), a, f"dual_step with {what}", error)
-    a.opt.dual_step(c0.abs() + 1)
+    if a.opt.draws_itself:
+        _refused(lambda: a.opt.lagrangian(f, c1, c2), a, "lagrangian", TypeError)
+        _refused(lambda: a.opt.step(lambda n: f), a, "a closure that gives f alone", TypeError)
+    else:
+        a.opt.dual_step(c0.abs() + 1)
     for what, (bad, error) in _bad_values(c1).items():
-        _refused(lambda bad=bad: a.opt.lagrangian(f, bad, c2), a, f"c1: {what}", error)
-        if not a.opt.lazy:
+        _refused(lambda bad=bad: a.give(f, bad, c2), a, f"c1: {what}", error)
+        if not a.opt.lazy and not a.opt.draws_itself:
             _refused(lambda bad=bad: a.opt.lagrangian(f, c1, bad), a, f"c2: {what}", error)
-    _refused(lambda: a.opt.lagrangian(f, c1.detach(), c2), a, "c1 without a graph", ValueError)
+    _refused(lambda: a.give(f, c1.detach(), c2), a, "c1 without a graph", ValueError)
 
 # %% ../nbs/04_optimizer.ipynb #c2afd130
 @RULES.rule
@@ -840,14 +881,18 @@ def _refuses_losses(make):
     "refuses losses and gradients that make no sense and changes nothing"
     a = _Model(make).run(0, 1)
     f, c0, c1, c2 = a.terms(2)
-    a.opt.dual_step(c0)
+    if not a.opt.draws_itself:
+        a.opt.dual_step(c0)
     for what, bad, error in (("unreduced", f[None], ValueError), ("NaN", f * math.nan, FloatingPointError),
                              ("detached", f.detach(), ValueError), ("a number", 1., TypeError)):
-        _refused(lambda bad=bad: a.opt.lagrangian(bad, c1, c2), a, f"loss: {what}", error)
+        _refused(lambda bad=bad: a.give(bad, c1, c2), a, f"loss: {what}", error)
     a = _Model(make, params=lambda w, b: [{"params": [w]}, {"params": [b]}]).run(0, 1)
-    a.backward(3)
-    a.b.grad[0] = math.nan
-    _refused(a.opt.step, a, "a gradient with NaN in the second group", FloatingPointError)
+    f, c0, c1, c2 = a.terms(3)
+    step = lambda: a.give(f + (a.b[0] - a.b[0].detach()).abs().sqrt(), c1, c2)      # 0 with a gradient that is NaN
+    if not a.opt.draws_itself:
+        a.backward(3)
+        a.b.grad[0], step = math.nan, a.opt.step
+    _refused(step, a, "a gradient with NaN in the second group", FloatingPointError)
 
 # %% ../nbs/04_optimizer.ipynb #fa783f0b
 @RULES.rule
@@ -869,6 +914,10 @@ def _told(model: _Model, part: str) -> bool:
     f, c0, c1, c2 = model.terms(3)
     nan = lambda name: math.nan if name == part else 1.
     try:
+        if model.opt.draws_itself:
+            root = (model.b[0] - model.b[0].detach()).abs().sqrt() if part == "gradient" else 0.
+            model.give(f * nan("f") + root, c1 * nan("c0"), c2)
+            return False
         model.opt.zero_grad()
         model.opt.dual_step(c0 * nan("c0"))
         model.opt.lagrangian(f * nan("f"), c1, c2).backward()

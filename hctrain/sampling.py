@@ -132,13 +132,27 @@ class Draws:
 
     def next_rows(self, n: int) -> Tensor:
         "Row numbers of the next batch of the first n streams, one after the other, shape (n * G * k,)"
-        i = self.t % self._block
-        a, width = self.t - i, n * self.table.size
-        if self._made[0] != a or self._made[1] < n:
-            rows = np.concatenate([self.table.rows(s, a, a + self._block) for s in self.streams[:n]], axis=1)
-            self._made, self._rows = (a, n), torch.from_numpy(rows).to(self.device)
+        i, width = self._make(n), n * self.table.size
         self.t += 1
         return self._rows[i, :width] if self._made[1] > n else self._rows[i]
+
+    def joined_rows(self, n: int) -> Tensor:
+        "Row numbers of the next n batches of the first stream, one after the other, shape (n * G * k,)"
+        if self.t % self._block + n <= self._block:
+            i = self._make(1)
+            rows = self._rows[i:i + n, :self.table.size]
+        else:
+            rows = torch.from_numpy(self.table.rows(self.streams[0], self.t, self.t + n)).to(self.device)
+        self.t += n
+        return rows.reshape(-1)
+
+    def _make(self, n: int) -> int:
+        "Have the rows of the first n streams ready; where in them the position is"
+        i = self.t % self._block
+        if self._made[0] != self.t - i or self._made[1] < n:
+            parts = [self.table.rows(s, self.t - i, self.t - i + self._block) for s in self.streams[:n]]
+            self._made, self._rows = (self.t - i, n), torch.from_numpy(np.concatenate(parts, axis=1)).to(self.device)
+        return i
 
     @property
     def passes(self) -> Tensor:
@@ -245,6 +259,18 @@ class Streams(Draws):
         x, y = (t.index_select(0, rows).view(k, self.table.size, *t.shape[1:]).unbind() for t in self.data[:2])
         return [Batch(*b) for b in zip(x, y, self._codes(rows, k), strict=True)]
 
+    def join(self, sizes: Sequence[int]) -> list[Batch]:
+        "For each n of `sizes` the next n batches of the first stream as one; every stream moves on by their sum"
+        sizes = [_whole("each of sizes", n, 1) for n in sizes]
+        rows = self.joined_rows(sum(sizes))
+        parts = [t.index_select(0, rows).split([n * self.table.size for n in sizes]) for t in self.data[:2]]
+        return [Batch(*b) for b in zip(*parts, self._joined_codes(rows, sizes), strict=True)]
+
+    def _joined_codes(self, rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+        "Group codes of joined batches"
+        g, = self._codes(rows, 1)
+        return [g if n == 1 else g.repeat(n) for n in sizes]
+
     def _codes(self, rows: Tensor, k: int) -> Sequence[Tensor]:
         "Group codes of k batches: one tensor for all"
         if self._g is None:
@@ -285,6 +311,10 @@ class RandomStreams(Streams):
     def _codes(self, rows: Tensor, k: int) -> Sequence[Tensor]:
         "Group codes of k batches: those of their rows"
         return self.data.g.index_select(0, rows).view(k, self.table.size).unbind()
+
+    def _joined_codes(self, rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+        "Group codes of joined batches: those of their rows"
+        return self.data.g.index_select(0, rows).split([n * self.table.size for n in sizes])
 
     @property
     def passes(self) -> Tensor:

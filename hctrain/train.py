@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from .constraints import readable, true_values
+from .ghost import LinearRows
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, check_finite
 
 # %% auto #0
 __all__ = ['outputs', 'rows_are_independent', 'plain_step', 'one_draw_step', 'two_draw_step', 'three_draw_step', 'lazy_step',
-           'choose_step', 'Budget', 'Clock', 'Record', 'write_atomically', 'Checkpoint', 'interruptible', 'Progress',
-           'Run', 'train']
+           'ClosureStep', 'choose_step', 'Budget', 'Clock', 'Record', 'write_atomically', 'Checkpoint', 'interruptible',
+           'Progress', 'Run', 'train']
 
 # %% ../nbs/21_train.ipynb #257a7a64
 def outputs(
@@ -109,6 +110,22 @@ def lazy_step(model, opt, loss, gaps, streams, joint):
     opt.lagrangian(lambda: loss(model(xi.x), xi), lambda: gaps(model(z1.x), z1)).backward()
     opt.step()
 
+# %% ../nbs/21_train.ipynb #a90d3c55
+class ClosureStep:
+    "The batches that the method asks for, then `step(closure)`"
+    def __init__(self):
+        self.rows = None
+
+    def __call__(self, model, opt, loss, gaps, streams, joint):
+        if self.rows is None or self.rows.model is not model:
+            self.rows = LinearRows(model)
+        batches = streams.join(opt.sizes)
+        with self.rows as rows:
+            outs = outputs(model, *batches, joint=joint and rows.usable)
+            answers = ((loss(out, b), gaps(out, b)) for out, b in zip(outs, batches, strict=True))
+            sizes = [len(b.y) for b in batches]
+            opt.step(lambda n: next(answers), lambda terms, params: rows.jacobian(terms, params, sizes))
+
 # %% ../nbs/21_train.ipynb #931485ab
 def choose_step(
     opt: torch.optim.Optimizer,  # Any optimizer
@@ -122,6 +139,8 @@ def choose_step(
         raise TypeError("expected an optimizer whose step needs no closure, got LBFGS: write the loop, it is six lines")
     if not isinstance(opt, ConstrainedOptimizer):
         return plain_step
+    if opt.draws_itself:
+        return ClosureStep()
     if draws > 1 and opt.lazy:
         return lazy_step
     return {3: three_draw_step, 2: two_draw_step, 1: one_draw_step}[draws]
