@@ -7,37 +7,91 @@ from __future__ import annotations
 
 import csv
 import io
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .constraints import RateGap, WeightedBCE, positive_rate
+from .constraints import Proxy, RateGap, Sharpened, WeightedBCE, positive_rate
 from .evaluate import evaluate
-from .sampling import Streams
+from .ghost import StochasticGhost
+from .lagrangian import PI, Lagrangian
+from .penalty import Penalty, PenaltyBarrier, SmoothedPenalty
+from .sampling import Batch, Streams
 from .sslalm import SSLALM
 from .switching import SwitchingSubgradient
 from .train import Budget, Run, train, write_atomically
 
 # %% auto #0
-__all__ = ['ALGORITHMS', 'COLUMNS', 'Algorithm', 'Setting', 'measure', 'run_one', 'compare', 'last_values', 'table', 'long_table',
-           'curves', 'save']
+__all__ = ['STEP', 'DUAL', 'RHO', 'ALGORITHMS', 'PAPER', 'COLUMNS', 'scores', 'two_sided_scores', 'decisions', 'Algorithm',
+           'OverAdam', 'adam', 'nupi', 'Setting', 'measure', 'run_one', 'compare', 'last_values', 'table', 'long_table',
+           'curves', 'save', 'hold_out', 'draws_of', 'tune']
 
 # %% ../nbs/23_compare.ipynb #7df7392f
+def scores(n_groups: int, bound: float, weights: Tensor | None) -> RateGap:
+    "Absolute gaps in scores, Eq. (5) of arXiv 2509.21254 as its authors train it"
+    return RateGap(positive_rate, n_groups, bound, "batch" if weights is None else "population", weights=weights)
+
+def two_sided_scores(n_groups: int, bound: float, weights: Tensor | None) -> RateGap:
+    "Signed gaps in scores, two constraints a group: means over the rows of balanced batches"
+    return RateGap(positive_rate, n_groups, bound, "batch" if weights is None else "population", two_sided=True,
+                   weights=weights)
+
+def decisions(n_groups: int, bound: float, weights: Tensor | None) -> Proxy:
+    "Signed gaps in decisions for the multipliers, and in sharp scores for the gradient"
+    kw = {"reference": "batch" if weights is None else "population", "two_sided": True, "weights": weights}
+    return Proxy(RateGap(Sharpened(positive_rate, 0.3), n_groups, 0.9 * bound, **kw),
+                 RateGap(positive_rate, n_groups, 0.9 * bound, hard=True, **kw))
+
+# %% ../nbs/23_compare.ipynb #68f5c172
 class Algorithm(NamedTuple):
     "A method in a comparison"
-    label: str      # For tables, figures and files
-    make: Callable  # `make(params, m)` returns the optimizer
+    label: str                                # For tables, figures and files
+    make: Callable                            # `make(params, m, **options)` returns the optimizer
+    options: dict = {}                        # What it is made with
+    space: dict = {}                          # Ranges of options, name -> (low, high), for `tune`
+    constraints: Callable = two_sided_scores  # `constraints(n_groups, bound, weights)`: what it is trained on
+
+class OverAdam(NamedTuple):
+    "Makes a method over Adam; `lr` is Adam's"
+    method: type  # The class
+
+    def __call__(self, params, m: int, lr: float = 1e-3, **options):
+        return self.method(torch.optim.Adam(params, lr=lr), m, **options)
+
+def adam(params, m: int, lr: float = 1e-3):
+    "Adam on the loss alone"
+    return torch.optim.Adam(params, lr=lr)
+
+def nupi(params, m: int, lr: float = 1e-3, kp: float = 1., **options):
+    "The plain Lagrangian over Adam, its multipliers under PI control"
+    return OverAdam(Lagrangian)(params, m, lr, rho=0., dual=PI(kp=kp), **options)
+
+# %% ../nbs/23_compare.ipynb #46daaa69
+STEP, DUAL, RHO = {"lr": (1e-3, 2e-2)}, {"dual_lr": (1e-2, 1.)}, {"rho": (.1, 10.)}
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "adam": Algorithm("Adam", lambda params, m: torch.optim.Adam(params)),
-    "sslalm": Algorithm("SSL-ALM", SSLALM),
-    "ssw": Algorithm("Switching", SwitchingSubgradient)}
+    "adam": Algorithm("Adam", adam, {}, STEP, scores),
+    "sslalm": Algorithm("SSL-ALM", SSLALM, {}, {"lr": (1e-2, .3), **DUAL, **RHO, "mu": (.02, 2.)}, scores),
+    "ssw": Algorithm("Switching", SwitchingSubgradient, {},
+                     {"lr": (3e-3, .3), "constraint_lr": (3e-3, .3), "tol": (1e-2, .3)}, scores),
+    "ghost": Algorithm("Ghost", StochasticGhost, {}, {"lr": (.03, 3.), "decay": (.3, 1.)}),
+    "sslalm-adam": Algorithm("SSL-ALM, Adam", OverAdam(SSLALM), {}, {**STEP, **DUAL, **RHO, "mu": (.02, 2.)}),
+    "lagrangian": Algorithm("Lagrangian", OverAdam(Lagrangian), {"rho": 0.}, {**STEP, **DUAL}),
+    "alm": Algorithm("ALM", OverAdam(Lagrangian), {}, {**STEP, **DUAL, **RHO}),
+    "nupi": Algorithm("nuPI", nupi, {}, {**STEP, **DUAL, "kp": (.1, 10.)}),
+    "penalty": Algorithm("Penalty", OverAdam(Penalty), {}, {**STEP, "rho": (.3, 100.)}),
+    "sonex": Algorithm("SONEX-like", OverAdam(SmoothedPenalty), {}, {**STEP, "rho": (.3, 10.), "width": (1e-2, .2)}),
+    "spbm": Algorithm("SPBM", OverAdam(PenaltyBarrier), {}, {**STEP, "gamma": (1e-2, 1.), "shrink": (1e-2, 1.)}),
+    "decisions": Algorithm("Decisions", OverAdam(Lagrangian), {}, {**STEP, **DUAL, **RHO}, decisions)}
+PAPER = tuple(ALGORITHMS[name] for name in ("adam", "sslalm", "ssw"))     # those of arXiv 2509.21254, Figure 1
 
 # %% ../nbs/23_compare.ipynb #4a21e153
 @dataclass(frozen=True)
@@ -50,6 +104,7 @@ class Setting:
     bound: float = 0.05             # Largest gap allowed
     draws: int = 3                  # Independent constraint draws a step
     reference: str = "population"   # Or "balanced"
+    anneal: bool = False            # Let the step sizes fall to 0 over the budget
     evaluations: int = 40           # Evaluations over the budget, besides the one at the start
 
     def __post_init__(self):
@@ -94,14 +149,13 @@ def run_one(
     "Train one algorithm from one seed; the run and the trained network"
     streams = Streams(*data.train, per_group=setting.per_group, seed=seed)
     weights = streams.weights if setting.reference == "population" else None
-    gaps = RateGap(positive_rate, data.n_groups, setting.bound, "batch" if weights is None else "population",
-                   weights=weights)
+    gaps = algorithm.constraints(data.n_groups, setting.bound, weights)
     model = network(seed)
-    opt = algorithm.make(model.parameters(), gaps.m)
+    opt = algorithm.make(model.parameters(), gaps.m, **algorithm.options)
     with torch.random.fork_rng(devices=[]):                   # what the network draws itself, for dropout say
         torch.manual_seed(seed)
         run = train(model, opt, WeightedBCE(weights), gaps, streams, steps=setting.steps, seconds=setting.seconds,
-                    draws=setting.draws, evaluations=setting.evaluations,
+                    draws=setting.draws, evaluations=setting.evaluations, anneal=setting.anneal,
                     evaluate=lambda: measure(model, data, setting.bound), **kw)
     return run, model
 
@@ -109,7 +163,7 @@ def run_one(
 def compare(
     data,                                                 # Has `train`, `test` (batches) and `n_groups`
     network: Callable[[int], nn.Module],                  # `network(seed)` makes the network
-    algorithms: Sequence[Algorithm] = tuple(ALGORITHMS.values()),  # What to compare
+    algorithms: Sequence[Algorithm] = PAPER,              # What to compare
     setting: Setting = Setting(),                         # What all share
     folder: str | Path | None = None,                     # Where each run keeps its checkpoint
     resume: bool = False,                                 # Go on from the checkpoints that are there
@@ -194,3 +248,48 @@ def save(
     for name, content in files.items():
         write_atomically(Path(folder) / name, content)
     return list(files)
+
+# %% ../nbs/23_compare.ipynb #37f410d6
+def hold_out(
+    data,              # Has `train`, `test` (batches) and `n_groups`
+    share: float = .2, # Of the training rows, to be set aside
+    seed: int = 0      # Of the choice
+) -> SimpleNamespace:
+    "The same data for tuning: the rows set aside stand where the test rows were"
+    order = torch.randperm(len(data.train.y), generator=torch.Generator().manual_seed(seed))
+    cut = round(len(order) * (1 - share))
+    train, test = (Batch(*(t[rows] for t in data.train)) for rows in (order[:cut], order[cut:]))
+    return SimpleNamespace(train=train, test=test, n_groups=data.n_groups)
+
+def draws_of(
+    algorithm: Algorithm, # With ranges
+    trials: int,          # How many
+    seed: int = 0         # Of the draws
+) -> list[Algorithm]:
+    "The algorithm with its own options, then with drawn ones"
+    rng = random.Random(f"{algorithm.label} {seed}")
+    drawn = [{name: float(f"{low * (high / low) ** rng.random():.2g}") for name, (low, high) in algorithm.space.items()}
+             for _ in range(trials - 1)]
+    return [algorithm] + [algorithm._replace(options=algorithm.options | options) for options in drawn]
+
+# %% ../nbs/23_compare.ipynb #9bf639d1
+def tune(
+    data,                                 # Has `train`, `test` (batches) and `n_groups`; the test rows are not used
+    network: Callable[[int], nn.Module],  # `network(seed)` makes the network
+    algorithm: Algorithm,                 # With ranges in `space`
+    setting: Setting = Setting(),         # Budget, bound and batches of each trial; its `seeds` are not used
+    trials: int = 8,                      # Trials, the first with the algorithm's own options
+    seed: int = 0                         # Of the draws, the split and the runs
+) -> tuple[Algorithm, list[dict]]:
+    "The algorithm with the options that did best, and all trials: options, loss and largest gap on rows set aside"
+    part, key = hold_out(data, seed=seed), "test_hard_gaps" if algorithm.constraints is decisions else "test_gaps"
+    table = []
+    for a in draws_of(algorithm, trials, seed):
+        try:
+            record = run_one(part, network, a, seed, setting, progress=False)[0].record
+            loss, gap = float(record["test_loss"][-1]), float(record[key][-1].max())
+        except FloatingPointError:
+            loss, gap = float("inf"), float("inf")
+        table.append({"options": a.options, "loss": loss, "gap": gap})
+    rank = lambda row: (row["gap"] > setting.bound, row["loss"] if row["gap"] <= setting.bound else row["gap"])
+    return algorithm._replace(options=min(table, key=rank)["options"]), table

@@ -30,7 +30,7 @@ from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, check_
 # %% auto #0
 __all__ = ['outputs', 'rows_are_independent', 'plain_step', 'one_draw_step', 'two_draw_step', 'three_draw_step', 'lazy_step',
            'ClosureStep', 'choose_step', 'Budget', 'Clock', 'Record', 'write_atomically', 'Checkpoint', 'interruptible',
-           'Progress', 'Run', 'train']
+           'Progress', 'Run', 'primal_optimizers', 'annealing', 'train']
 
 # %% ../nbs/21_train.ipynb #257a7a64
 def outputs(
@@ -466,6 +466,29 @@ class _Looks(_Due):
                 self.told()
                 self.saved.save(step, now, self.record)
 
+# %% ../nbs/21_train.ipynb #0eeee1b7
+def primal_optimizers(opt: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    "The torch optimizers that step the weights"
+    return getattr(opt, "optimizers", [opt])
+
+def annealing(
+    optimizer: torch.optim.Optimizer, # Whose step sizes fall
+    used: list[float]                 # The share of the budget that is used up, kept up to date
+) -> torch.optim.lr_scheduler.LRScheduler:
+    "A scheduler for `lr (1 - used)`"
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1 - min(1., used[0]))
+
+# %% ../nbs/21_train.ipynb #3f0d02a4
+def _check_parts(opt, gaps, streams, resume, checkpoint):
+    "Refuse parts that do not go together"
+    if resume and checkpoint is None:
+        raise ValueError("expected a checkpoint to resume from, got none: "
+                         "pass checkpoint='run.pt' as when it was saved")
+    if not hasattr(streams, "draw"):
+        raise TypeError(f"expected streams with draw(k), got {type(streams).__name__}: see Streams in hctrain.sampling")
+    if isinstance(opt, ConstrainedOptimizer) and gaps is None:
+        raise ValueError(f"expected gaps for {type(opt).__name__}, got none: pass constraints, or a torch optimizer")
+
 # %% ../nbs/21_train.ipynb #abadd028
 def train(
     model: nn.Module,               # The network, in the mode it should be trained in
@@ -481,6 +504,7 @@ def train(
     evaluate: Callable | None = None,        # `evaluate()` returns numbers, or short vectors of them, by name
     evaluations: int = 20,                   # How often, evenly spread, besides at the start
     schedulers: Sequence = (),               # Learning-rate schedulers, stepped after each step
+    anneal: bool = False,                    # Let all primal step sizes fall to 0 over the budget, in a line
     checkpoint: str | Path | None = None,    # File written at each evaluation and after Ctrl-C
     resume: bool = False,                    # Go on from that file
     nonfinite: str = "raise",                # What a NaN does; `"skip"` leaves that step out and counts it
@@ -489,15 +513,11 @@ def train(
     "Train until the budget is used up or Ctrl-C is pressed"
     budget, do_step = Budget(steps, seconds, epochs, evaluations), choose_step(opt, draws)
     joint = rows_are_independent(model)
-    if resume and checkpoint is None:
-        raise ValueError("expected a checkpoint to resume from, got none: "
-                         "pass checkpoint='run.pt' as when it was saved")
-    if not hasattr(streams, "draw"):
-        raise TypeError(f"expected streams with draw(k), got {type(streams).__name__}: see Streams in hctrain.sampling")
-    if isinstance(opt, ConstrainedOptimizer) and gaps is None:
-        raise ValueError(f"expected gaps for {type(opt).__name__}, got none: pass constraints, or a torch optimizer")
+    _check_parts(opt, gaps, streams, resume, checkpoint)
     skip = check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip"
     attempt = SkipNonFinite(opt) if skip else nullcontext()
+    used = [0.]                                            # the share of the budget
+    schedulers = [*schedulers, *(annealing(o, used) for o in primal_optimizers(opt) if anneal)]
     parts = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": attempt}
     parts |= {f"scheduler{i}": s for i, s in enumerate(schedulers)}
     saved = None if checkpoint is None else Checkpoint(checkpoint, **parts)
@@ -513,6 +533,7 @@ def train(
                 if run.due(step):
                     run.look(step)
                 bar.show(spent := run.spent(step))
+                used[0] = spent
                 if spent >= 1 or pressed():
                     break
                 with attempt:
