@@ -230,9 +230,9 @@ def _pieces(sizes: list[int], most: int = 1024):
                     Tensor.add_ if low else Tensor.copy_)
         first, at = first + k, at + k * size
 
-# %% ../nbs/07_ghost.ipynb #8eeb2b85
-class LinearRows:
-    "Gradients of many means over rows from one backward pass, for networks whose weights sit in Linear layers"
+# %% ../nbs/07_ghost.ipynb #4078fc55
+class _Watched:
+    "A network whose linear layers tell their inputs and outputs inside `with`"
     def __init__(self,
         model: nn.Module  # The network; its output is one number a row
     ):
@@ -254,6 +254,9 @@ class LinearRows:
         if out.requires_grad and layer.weight.requires_grad | (layer.bias is not None and layer.bias.requires_grad):
             self.calls.append((layer, args[0].detach(), torch.autograd.graph.get_gradient_edge(out)))
 
+# %% ../nbs/07_ghost.ipynb #60137b8b
+class LinearRows(_Watched):
+    "Gradients of many means over rows from one backward pass, for networks whose weights sit in Linear layers"
     def jacobian(self, terms: list[tuple[Tensor, Tensor]], params: list[Tensor], sizes: list[int]) -> Tensor:
         "What `backward_passes` gives, where set i is the next sizes[i] rows of the one call of the network"
         self.usable = self.usable and self._fits(params, sizes)
@@ -305,7 +308,7 @@ class LinearRows:
         known = torch.cat([g.reshape(-1) for g in grads]).double()
         return bool((known - (w[..., None] * Z).sum((0, 1))).abs().max() <= 1e-3 * known.abs().max())
 
-# %% ../nbs/07_ghost.ipynb #0b236882
+# %% ../nbs/07_ghost.ipynb #765d40ea
 class _Samples:
     "What is asked of the closure, and what it gives"
     @property
@@ -346,12 +349,12 @@ class _Samples:
         raise TypeError("expected step(closure), got lagrangian: Stochastic Ghost draws its samples itself, "
                         "where closure(n) returns (f, c) on n fresh samples")
 
-# %% ../nbs/07_ghost.ipynb #e23a9861
+# %% ../nbs/07_ghost.ipynb #f9d95186
 STEPS: dict[str, Callable[[float, int, float], float]] = {         # of the factor s, the step k = 1, 2, ... and decay
     "power":  lambda s, k, decay: (k + 1) ** -decay,               # γ_k = γ_0 / k^p,  p = decay
     "damped": lambda s, k, decay: s * (1 - decay * s)}             # γ_{k+1} = γ_k (1 - ζ γ_k),  ζ = decay / γ_0
 
-# %% ../nbs/07_ghost.ipynb #408b54ca
+# %% ../nbs/07_ghost.ipynb #fa800ac0
 def _check(inner, box, tau, lam, alpha, cap, batch, decay):
     "Refuse settings of the method that make no sense"
     for name, v, range_, ok in (("inner", inner, "(0, box)", lambda v: 0 < v < box),
@@ -367,7 +370,7 @@ def _check(inner, box, tau, lam, alpha, cap, batch, decay):
         if isinstance(v, bool) or not isinstance(v, Integral) or v < least:
             raise ValueError(f"expected {name} to be a whole number of at least {least}, got {v!r}: pass an int")
 
-# %% ../nbs/07_ghost.ipynb #2ec847af
+# %% ../nbs/07_ghost.ipynb #7f851d99
 class _Move:
     "What a step changes"
     def move(self, params: list[Tensor], d: Tensor, y: Tensor) -> None:
@@ -382,7 +385,7 @@ class _Move:
         self.y.lerp_(y.to(self.y), 4 / (self.k + 3))       # weights that grow like k³: the start is forgotten
         self.s = STEPS[self.schedule](self.s, self.k, self.decay)
 
-# %% ../nbs/07_ghost.ipynb #a83513d1
+# %% ../nbs/07_ghost.ipynb #00fa2713
 class StochasticGhost(_Samples, _Move, ConstrainedOptimizer):
     "Stochastic Ghost, Facchinei and Kungurtsev (arXiv 2307.02943): unbiased directions, no penalty parameter"
     knobs = ("inner", "box", "tau", "lam", "alpha", "cap", "batch", "debias", "schedule", "decay", "seed")
