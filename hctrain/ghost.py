@@ -42,7 +42,6 @@ def nonnegative_qp(
         if not wrong.any():
             break
         P = P ^ (wrong if k < 10 else wrong & (wrong.cumsum(-2) == 1))       # all, later only the first
-    u = u + torch.cholesky_solve(w * P, L)                                   # one refinement
     return (u[..., 0] * scale).clamp(min=0)
 
 # %% ../nbs/07_ghost.ipynb #3946540f
