@@ -162,21 +162,20 @@ def ghost_direction(
     lam: float = 0.5      # Weight of t* in kappa, λ
 ) -> Subproblem:
     "The direction map, @eq-kappa and @eq-direction, of B sample sets at once"
-    g, J, kappa = Z[:, 0], Z[:, 1:], Z.new_zeros(len(Z))
+    g, J = Z[:, 0], Z[:, 1:]
     if not c.shape[1]:
-        return Subproblem((-g / tau).clamp(-box, box), c, kappa, kappa)
+        return Subproblem((-g / tau).clamp(-box, box), c, Z.new_zeros(len(Z)), Z.new_zeros(len(Z)))
     H = Z @ Z.mT                                                             # all that is needed of n dimensions
-    K, Jg = H[:, 1:, 1:], H[:, 1:, 0]
-    kappa = (1 - lam) * c.amax(-1).clamp(min=0)
+    K, Jg, kappa = H[:, 1:, 1:], H[:, 1:, 0], (1 - lam) * c.amax(-1).clamp(min=0)
     u, y = nonnegative_qp(K.repeat(2, 1, 1), torch.cat([c, tau * (c - kappa[:, None]) - Jg])).chunk(2)
     t = relaxation(c, J, K, u, inner)
     if t.any():
         kappa = kappa + lam * t
         y = nonnegative_qp(K, tau * (c - kappa[:, None]) - Jg)
-    room = c - kappa[:, None]
-    d = (torch.cat([torch.ones_like(kappa)[:, None], y], 1)[:, None] @ Z)[:, 0] / -tau
-    off = _residual(room - (Jg + (K @ y[..., None])[..., 0]) / tau, y)       # of c + Jd - kappa
-    wrong = (off > 1e-10 * (1 + c.abs().amax(-1))) | (d.abs().amax(-1) > box)
+    room, one = c - kappa[:, None], torch.ones_like(c[:, :1])
+    d = (torch.cat([one, y], 1)[:, None] @ Z)[:, 0] / -tau
+    over = room - (Jg + (K @ y[..., None])[..., 0]) / tau                    # c + Jd - kappa
+    wrong = (_residual(over, y) > 1e-10 * (1 + c.abs().amax(-1))) | (d.abs().amax(-1) > box)
     for i in wrong.nonzero().flatten().tolist():
         d[i], y[i] = boxed_direction(g[i], room[i], J[i], box, tau)
     return Subproblem(d, y, kappa, t)
@@ -253,8 +252,30 @@ class _Watched:
         if out.requires_grad and layer.weight.requires_grad | (layer.bias is not None and layer.bias.requires_grad):
             self.calls.append((layer, args[0].detach(), torch.autograd.graph.get_gradient_edge(out)))
 
+# %% ../nbs/07_ghost.ipynb #2ea05b1d
+class _Heads(_Watched):
+    "What of the gradients does not enter the network, and the comparison with autograd"
+    def _cotangents(self, terms):
+        (out,), flat = self.outs, [t for term in terms for t in term]    # a row of out belongs to one set alone
+        unit = torch.eye(1 + len(flat[1]), dtype=flat[1].dtype, device=out.device)
+        units = [unit[:, 0].to(flat[0].dtype), unit[:, 1:]] * len(terms)
+        grad = lambda v, **options: torch.autograd.grad(flat, out, v, retain_graph=True, **options)[0]
+        if self.batched:
+            try:
+                return grad(units, is_grads_batched=True).flatten(1)
+            except RuntimeError:
+                self.batched = False                                     # vmap does not know an operation
+        return torch.stack([grad(v).reshape(-1) for v in zip(*units, strict=True)])
+
+    def _agrees(self, Z, terms, params):
+        w = torch.linspace(1, 2, Z.shape[0] * Z.shape[1], device=Z.device).view(Z.shape[:2])
+        total = sum(v[0] * f + v[1:] @ c.to(v) for v, (f, c) in zip(w, terms, strict=True))
+        grads = torch.autograd.grad(total, params, retain_graph=True)
+        known = torch.cat([g.reshape(-1) for g in grads]).double()
+        return bool((known - (w[..., None] * Z).sum((0, 1))).abs().max() <= 1e-3 * known.abs().max())
+
 # %% ../nbs/07_ghost.ipynb #60137b8b
-class LinearRows(_Watched):
+class LinearRows(_Heads):
     "Gradients of many means over rows from one backward pass, for networks whose weights sit in Linear layers"
     def jacobian(self, terms: list[tuple[Tensor, Tensor]], params: list[Tensor], sizes: list[int]) -> Tensor:
         "What `backward_passes` gives, where set i is the next sizes[i] rows of the one call of the network"
@@ -288,25 +309,6 @@ class LinearRows(_Watched):
                     store(Z[sets, :, at[id(layer.bias)]], w.sum(1).view(k, V.shape[1], -1))
         return Z
 
-    def _cotangents(self, terms):
-        (out,), flat = self.outs, [t for term in terms for t in term]    # a row of out belongs to one set alone
-        unit = torch.eye(1 + len(flat[1]), dtype=flat[1].dtype, device=out.device)
-        units = [unit[:, 0].to(flat[0].dtype), unit[:, 1:]] * len(terms)
-        grad = lambda v, **options: torch.autograd.grad(flat, out, v, retain_graph=True, **options)[0]
-        if self.batched:
-            try:
-                return grad(units, is_grads_batched=True).flatten(1)
-            except RuntimeError:
-                self.batched = False                                     # vmap does not know an operation
-        return torch.stack([grad(v).reshape(-1) for v in zip(*units, strict=True)])
-
-    def _agrees(self, Z, terms, params):
-        w = torch.linspace(1, 2, Z.shape[0] * Z.shape[1], device=Z.device).view(Z.shape[:2])
-        total = sum(v[0] * f + v[1:] @ c.to(v) for v, (f, c) in zip(w, terms, strict=True))
-        grads = torch.autograd.grad(total, params, retain_graph=True)
-        known = torch.cat([g.reshape(-1) for g in grads]).double()
-        return bool((known - (w[..., None] * Z).sum((0, 1))).abs().max() <= 1e-3 * known.abs().max())
-
 # %% ../nbs/07_ghost.ipynb #765d40ea
 class _Samples:
     "What is asked of the closure, and what it gives"
@@ -338,6 +340,9 @@ class _Samples:
         if self.finite(**tensors) is not None:
             self.check()
 
+# %% ../nbs/07_ghost.ipynb #1c0de7a5
+class _NoLoop:
+    "The calls of the common loop, refused"
     def dual_step(self, c0):
         "Not a part of this method"
         raise TypeError("expected step(closure), got dual_step: Stochastic Ghost draws its samples itself, "
@@ -385,7 +390,7 @@ class _Move:
         self.s = STEPS[self.schedule](self.s, self.k, self.decay)
 
 # %% ../nbs/07_ghost.ipynb #00fa2713
-class StochasticGhost(_Samples, _Move, ConstrainedOptimizer):
+class StochasticGhost(_Samples, _NoLoop, _Move, ConstrainedOptimizer):
     "Stochastic Ghost, Facchinei and Kungurtsev (arXiv 2307.02943): unbiased directions, no penalty parameter"
     knobs = ("inner", "box", "tau", "lam", "alpha", "cap", "batch", "debias", "schedule", "decay", "seed")
     saved = ("k", "y", "s", *knobs)
