@@ -168,14 +168,13 @@ def ghost_direction(
     H = Z @ Z.mT                                                             # all that is needed of n dimensions
     K, Jg, kappa = H[:, 1:, 1:], H[:, 1:, 0], (1 - lam) * c.amax(-1).clamp(min=0)
     u, y = nonnegative_qp(K.repeat(2, 1, 1), torch.cat([c, tau * (c - kappa[:, None]) - Jg])).chunk(2)
-    t = relaxation(c, J, K, u, inner)
-    if t.any():
+    if (t := relaxation(c, J, K, u, inner)).any():
         kappa = kappa + lam * t
         y = nonnegative_qp(K, tau * (c - kappa[:, None]) - Jg)
     room, one = c - kappa[:, None], torch.ones_like(c[:, :1])
     d = (torch.cat([one, y], 1)[:, None] @ Z)[:, 0] / -tau
-    over = room - (Jg + (K @ y[..., None])[..., 0]) / tau                    # c + Jd - kappa
-    wrong = (_residual(over, y) > 1e-10 * (1 + c.abs().amax(-1))) | (d.abs().amax(-1) > box)
+    off = _residual(room - (Jg + (K @ y[..., None])[..., 0]) / tau, y)
+    wrong = (off > 1e-10 * (1 + c.abs().amax(-1))) | (d.abs().amax(-1) > box)
     for i in wrong.nonzero().flatten().tolist():
         d[i], y[i] = boxed_direction(g[i], room[i], J[i], box, tau)
     return Subproblem(d, y, kappa, t)
@@ -252,6 +251,13 @@ class _Watched:
         if out.requires_grad and layer.weight.requires_grad | (layer.bias is not None and layer.bias.requires_grad):
             self.calls.append((layer, args[0].detach(), torch.autograd.graph.get_gradient_edge(out)))
 
+    def _fits(self, params, sizes):
+        layers = [layer for layer, *_ in self.calls]
+        known = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
+        flat = all(a.dim() == 2 for _, a, _ in self.calls)
+        once = len(self.outs) == 1 and len(set(layers)) == len(layers) and self.outs[0].numel() == sum(sizes)
+        return once and flat and all(id(p) in known for p in params)
+
 # %% ../nbs/07_ghost.ipynb #2ea05b1d
 class _Heads(_Watched):
     "What of the gradients does not enter the network, and the comparison with autograd"
@@ -285,13 +291,6 @@ class LinearRows(_Heads):
             self.usable = self.checked = self.checked or self._agrees(Z, terms, params)
         return Z if self.usable else backward_passes(terms, params)
 
-    def _fits(self, params, sizes):
-        layers = [layer for layer, *_ in self.calls]
-        known = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
-        flat = all(a.dim() == 2 for _, a, _ in self.calls)
-        once = len(self.outs) == 1 and len(set(layers)) == len(layers) and self.outs[0].numel() == sum(sizes)
-        return once and flat and all(id(p) in known for p in params)
-
     def _product(self, terms, params, sizes):
         V, (out,) = self._cotangents(terms).T.contiguous(), self.outs    # (rows, 1 + m)
         D = torch.autograd.grad(out, [edge for *_, edge in self.calls], torch.ones_like(out), retain_graph=True)
@@ -324,6 +323,9 @@ class _Samples:
         "The level N of the next step, a function of the seed and the step"
         return self.levels.draw(random.Random(f"{self.seed} {self.k + 1}").random())
 
+# %% ../nbs/07_ghost.ipynb #3ab1c9d2
+class _Answers(_Samples):
+    "What the closure gives"
     def ask(self, closure: Callable, n: int) -> tuple[Tensor, Tensor]:
         "f and c on n fresh samples, after checks; rows are averaged"
         answer = closure(n)
@@ -390,7 +392,7 @@ class _Move:
         self.s = STEPS[self.schedule](self.s, self.k, self.decay)
 
 # %% ../nbs/07_ghost.ipynb #00fa2713
-class StochasticGhost(_Samples, _NoLoop, _Move, ConstrainedOptimizer):
+class StochasticGhost(_Answers, _NoLoop, _Move, ConstrainedOptimizer):
     "Stochastic Ghost, Facchinei and Kungurtsev (arXiv 2307.02943): unbiased directions, no penalty parameter"
     knobs = ("inner", "box", "tau", "lam", "alpha", "cap", "batch", "debias", "schedule", "decay", "seed")
     saved = ("k", "y", "s", *knobs)
