@@ -49,6 +49,7 @@ def _longest(x: Tensor, dx: Tensor) -> float:
     "The longest step, at most 1, that keeps x + p dx positive"
     return min(1., .9995 / max((-dx / x).max().item(), 1e-300))
 
+# %% ../nbs/07_ghost.ipynb #4be77a10
 def _move(A, L, theta, x, y, rd, rp, r):
     "Newton's step towards feasibility and complementarity x y = x y + r, through one m x m system"
     n, m = A.shape[1], len(A)
@@ -126,6 +127,7 @@ def _residual(over: Tensor, y: Tensor) -> Tensor:
     "Violation or complementarity, whichever is worse, of c + Jd - kappa and the multipliers"
     return torch.maximum(over, (y * over).abs() / (1 + y)).amax(-1)
 
+# %% ../nbs/07_ghost.ipynb #5cd88b21
 def boxed_direction(
     g: Tensor,     # Gradient of f, shape (n,), float64
     room: Tensor,  # c - kappa, shape (m,)
