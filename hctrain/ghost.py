@@ -42,7 +42,6 @@ def nonnegative_qp(
         if not wrong.any():
             break
         P = P ^ (wrong if k < 10 else wrong & (wrong.cumsum(-2) == 1))       # all, later only the first
-    u = u + torch.cholesky_solve(w * P, L)                                   # one refinement
     return (u[..., 0] * scale).clamp(min=0)
 
 # %% ../nbs/07_ghost.ipynb #3946540f
@@ -50,6 +49,7 @@ def _longest(x: Tensor, dx: Tensor) -> float:
     "The longest step, at most 1, that keeps x + p dx positive"
     return min(1., .9995 / max((-dx / x).max().item(), 1e-300))
 
+# %% ../nbs/07_ghost.ipynb #4be77a10
 def _move(A, L, theta, x, y, rd, rp, r):
     "Newton's step towards feasibility and complementarity x y = x y + r, through one m x m system"
     n, m = A.shape[1], len(A)
@@ -127,6 +127,7 @@ def _residual(over: Tensor, y: Tensor) -> Tensor:
     "Violation or complementarity, whichever is worse, of c + Jd - kappa and the multipliers"
     return torch.maximum(over, (y * over).abs() / (1 + y)).amax(-1)
 
+# %% ../nbs/07_ghost.ipynb #5cd88b21
 def boxed_direction(
     g: Tensor,     # Gradient of f, shape (n,), float64
     room: Tensor,  # c - kappa, shape (m,)
@@ -163,20 +164,18 @@ def ghost_direction(
     lam: float = 0.5      # Weight of t* in kappa, λ
 ) -> Subproblem:
     "The direction map, @eq-kappa and @eq-direction, of B sample sets at once"
-    g, J, kappa = Z[:, 0], Z[:, 1:], Z.new_zeros(len(Z))
+    g, J = Z[:, 0], Z[:, 1:]
     if not c.shape[1]:
-        return Subproblem((-g / tau).clamp(-box, box), c, kappa, kappa)
+        return Subproblem((-g / tau).clamp(-box, box), c, Z.new_zeros(len(Z)), Z.new_zeros(len(Z)))
     H = Z @ Z.mT                                                             # all that is needed of n dimensions
-    K, Jg = H[:, 1:, 1:], H[:, 1:, 0]
-    kappa = (1 - lam) * c.amax(-1).clamp(min=0)
+    K, Jg, kappa = H[:, 1:, 1:], H[:, 1:, 0], (1 - lam) * c.amax(-1).clamp(min=0)
     u, y = nonnegative_qp(K.repeat(2, 1, 1), torch.cat([c, tau * (c - kappa[:, None]) - Jg])).chunk(2)
-    t = relaxation(c, J, K, u, inner)
-    if t.any():
+    if (t := relaxation(c, J, K, u, inner)).any():
         kappa = kappa + lam * t
         y = nonnegative_qp(K, tau * (c - kappa[:, None]) - Jg)
-    room = c - kappa[:, None]
-    d = (torch.cat([torch.ones_like(kappa)[:, None], y], 1)[:, None] @ Z)[:, 0] / -tau
-    off = _residual(room - (Jg + (K @ y[..., None])[..., 0]) / tau, y)       # of c + Jd - kappa
+    room, one = c - kappa[:, None], torch.ones_like(c[:, :1])
+    d = (torch.cat([one, y], 1)[:, None] @ Z)[:, 0] / -tau
+    off = _residual(room - (Jg + (K @ y[..., None])[..., 0]) / tau, y)
     wrong = (off > 1e-10 * (1 + c.abs().amax(-1))) | (d.abs().amax(-1) > box)
     for i in wrong.nonzero().flatten().tolist():
         d[i], y[i] = boxed_direction(g[i], room[i], J[i], box, tau)
@@ -230,9 +229,9 @@ def _pieces(sizes: list[int], most: int = 1024):
                     Tensor.add_ if low else Tensor.copy_)
         first, at = first + k, at + k * size
 
-# %% ../nbs/07_ghost.ipynb #8eeb2b85
-class LinearRows:
-    "Gradients of many means over rows from one backward pass, for networks whose weights sit in Linear layers"
+# %% ../nbs/07_ghost.ipynb #4078fc55
+class _Watched:
+    "A network whose linear layers tell their inputs and outputs inside `with`"
     def __init__(self,
         model: nn.Module  # The network; its output is one number a row
     ):
@@ -254,14 +253,6 @@ class LinearRows:
         if out.requires_grad and layer.weight.requires_grad | (layer.bias is not None and layer.bias.requires_grad):
             self.calls.append((layer, args[0].detach(), torch.autograd.graph.get_gradient_edge(out)))
 
-    def jacobian(self, terms: list[tuple[Tensor, Tensor]], params: list[Tensor], sizes: list[int]) -> Tensor:
-        "What `backward_passes` gives, where set i is the next sizes[i] rows of the one call of the network"
-        self.usable = self.usable and self._fits(params, sizes)
-        if self.usable:
-            Z = self._product(terms, params, sizes)
-            self.usable = self.checked = self.checked or self._agrees(Z, terms, params)
-        return Z if self.usable else backward_passes(terms, params)
-
     def _fits(self, params, sizes):
         layers = [layer for layer, *_ in self.calls]
         known = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
@@ -269,23 +260,9 @@ class LinearRows:
         once = len(self.outs) == 1 and len(set(layers)) == len(layers) and self.outs[0].numel() == sum(sizes)
         return once and flat and all(id(p) in known for p in params)
 
-    def _product(self, terms, params, sizes):
-        V, (out,) = self._cotangents(terms).T.contiguous(), self.outs    # (rows, 1 + m)
-        D = torch.autograd.grad(out, [edge for *_, edge in self.calls], torch.ones_like(out), retain_graph=True)
-        ends = torch.tensor([p.numel() for p in params]).cumsum(0).tolist()
-        at = {id(p): slice(end - p.numel(), end) for p, end in zip(params, ends, strict=True)}
-        Z = torch.empty(len(sizes), V.shape[1], ends[-1], dtype=torch.float64, device=out.device)
-        for (layer, a, _), d in zip(self.calls, D, strict=True):
-            for sets, rows, store in _pieces(sizes):
-                k = sets.stop - sets.start
-                w = (V[rows, :, None] * d[rows, None]).view(k, -1, V.shape[1] * d.shape[1])
-                if id(layer.weight) in at:
-                    x = a[rows].view(k, -1, a.shape[1])
-                    store(Z[sets, :, at[id(layer.weight)]], (w.mT @ x).view(k, V.shape[1], -1))
-                if id(layer.bias) in at:
-                    store(Z[sets, :, at[id(layer.bias)]], w.sum(1).view(k, V.shape[1], -1))
-        return Z
-
+# %% ../nbs/07_ghost.ipynb #2ea05b1d
+class _Heads(_Watched):
+    "What of the gradients does not enter the network, and the comparison with autograd"
     def _cotangents(self, terms):
         (out,), flat = self.outs, [t for term in terms for t in term]    # a row of out belongs to one set alone
         unit = torch.eye(1 + len(flat[1]), dtype=flat[1].dtype, device=out.device)
@@ -305,7 +282,35 @@ class LinearRows:
         known = torch.cat([g.reshape(-1) for g in grads]).double()
         return bool((known - (w[..., None] * Z).sum((0, 1))).abs().max() <= 1e-3 * known.abs().max())
 
-# %% ../nbs/07_ghost.ipynb #0b236882
+# %% ../nbs/07_ghost.ipynb #60137b8b
+class LinearRows(_Heads):
+    "Gradients of many means over rows from one backward pass, for networks whose weights sit in Linear layers"
+    def jacobian(self, terms: list[tuple[Tensor, Tensor]], params: list[Tensor], sizes: list[int]) -> Tensor:
+        "What `backward_passes` gives, where set i is the next sizes[i] rows of the one call of the network"
+        self.usable = self.usable and self._fits(params, sizes)
+        if self.usable:
+            Z = self._product(terms, params, sizes)
+            self.usable = self.checked = self.checked or self._agrees(Z, terms, params)
+        return Z if self.usable else backward_passes(terms, params)
+
+    def _product(self, terms, params, sizes):
+        V, (out,) = self._cotangents(terms).T.contiguous(), self.outs    # (rows, 1 + m)
+        D = torch.autograd.grad(out, [edge for *_, edge in self.calls], torch.ones_like(out), retain_graph=True)
+        ends = torch.tensor([p.numel() for p in params]).cumsum(0).tolist()
+        at = {id(p): slice(end - p.numel(), end) for p, end in zip(params, ends, strict=True)}
+        Z = torch.empty(len(sizes), V.shape[1], ends[-1], dtype=torch.float64, device=out.device)
+        for (layer, a, _), d in zip(self.calls, D, strict=True):
+            for sets, rows, store in _pieces(sizes):
+                k = sets.stop - sets.start
+                w = (V[rows, :, None] * d[rows, None]).view(k, -1, V.shape[1] * d.shape[1])
+                if id(layer.weight) in at:
+                    x = a[rows].view(k, -1, a.shape[1])
+                    store(Z[sets, :, at[id(layer.weight)]], (w.mT @ x).view(k, V.shape[1], -1))
+                if id(layer.bias) in at:
+                    store(Z[sets, :, at[id(layer.bias)]], w.sum(1).view(k, V.shape[1], -1))
+        return Z
+
+# %% ../nbs/07_ghost.ipynb #765d40ea
 class _Samples:
     "What is asked of the closure, and what it gives"
     @property
@@ -320,6 +325,9 @@ class _Samples:
         "The level N of the next step, a function of the seed and the step"
         return self.levels.draw(random.Random(f"{self.seed} {self.k + 1}").random())
 
+# %% ../nbs/07_ghost.ipynb #3ab1c9d2
+class _Answers(_Samples):
+    "What the closure gives"
     def ask(self, closure: Callable, n: int) -> tuple[Tensor, Tensor]:
         "f and c on n fresh samples, after checks; rows are averaged"
         answer = closure(n)
@@ -336,6 +344,9 @@ class _Samples:
         if self.finite(**tensors) is not None:
             self.check()
 
+# %% ../nbs/07_ghost.ipynb #1c0de7a5
+class _NoLoop:
+    "The calls of the common loop, refused"
     def dual_step(self, c0):
         "Not a part of this method"
         raise TypeError("expected step(closure), got dual_step: Stochastic Ghost draws its samples itself, "
@@ -346,12 +357,12 @@ class _Samples:
         raise TypeError("expected step(closure), got lagrangian: Stochastic Ghost draws its samples itself, "
                         "where closure(n) returns (f, c) on n fresh samples")
 
-# %% ../nbs/07_ghost.ipynb #e23a9861
+# %% ../nbs/07_ghost.ipynb #f9d95186
 STEPS: dict[str, Callable[[float, int, float], float]] = {         # of the factor s, the step k = 1, 2, ... and decay
     "power":  lambda s, k, decay: (k + 1) ** -decay,               # γ_k = γ_0 / k^p,  p = decay
     "damped": lambda s, k, decay: s * (1 - decay * s)}             # γ_{k+1} = γ_k (1 - ζ γ_k),  ζ = decay / γ_0
 
-# %% ../nbs/07_ghost.ipynb #408b54ca
+# %% ../nbs/07_ghost.ipynb #fa800ac0
 def _check(inner, box, tau, lam, alpha, cap, batch, decay):
     "Refuse settings of the method that make no sense"
     for name, v, range_, ok in (("inner", inner, "(0, box)", lambda v: 0 < v < box),
@@ -367,7 +378,7 @@ def _check(inner, box, tau, lam, alpha, cap, batch, decay):
         if isinstance(v, bool) or not isinstance(v, Integral) or v < least:
             raise ValueError(f"expected {name} to be a whole number of at least {least}, got {v!r}: pass an int")
 
-# %% ../nbs/07_ghost.ipynb #2ec847af
+# %% ../nbs/07_ghost.ipynb #7f851d99
 class _Move:
     "What a step changes"
     def move(self, params: list[Tensor], d: Tensor, y: Tensor) -> None:
@@ -382,8 +393,8 @@ class _Move:
         self.y.lerp_(y.to(self.y), 4 / (self.k + 3))       # weights that grow like k³: the start is forgotten
         self.s = STEPS[self.schedule](self.s, self.k, self.decay)
 
-# %% ../nbs/07_ghost.ipynb #a83513d1
-class StochasticGhost(_Samples, _Move, ConstrainedOptimizer):
+# %% ../nbs/07_ghost.ipynb #00fa2713
+class StochasticGhost(_Answers, _NoLoop, _Move, ConstrainedOptimizer):
     "Stochastic Ghost, Facchinei and Kungurtsev (arXiv 2307.02943): unbiased directions, no penalty parameter"
     knobs = ("inner", "box", "tau", "lam", "alpha", "cap", "batch", "debias", "schedule", "decay", "seed")
     saved = ("k", "y", "s", *knobs)

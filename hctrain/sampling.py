@@ -269,6 +269,8 @@ class Streams(Draws):
     def _joined_codes(self, rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:
         "Group codes of joined batches"
         g, = self._codes(rows, 1)
+        if len(g) == len(rows):
+            return g.split([n * self.table.size for n in sizes])
         return [g if n == 1 else g.repeat(n) for n in sizes]
 
     def _codes(self, rows: Tensor, k: int) -> Sequence[Tensor]:
@@ -310,11 +312,7 @@ class RandomStreams(Streams):
 
     def _codes(self, rows: Tensor, k: int) -> Sequence[Tensor]:
         "Group codes of k batches: those of their rows"
-        return self.data.g.index_select(0, rows).view(k, self.table.size).unbind()
-
-    def _joined_codes(self, rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-        "Group codes of joined batches: those of their rows"
-        return self.data.g.index_select(0, rows).split([n * self.table.size for n in sizes])
+        return self.data.g.index_select(0, rows).view(k, -1).unbind()
 
     @property
     def passes(self) -> Tensor:

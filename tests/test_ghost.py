@@ -227,6 +227,16 @@ def test_a_refused_step_asks_for_the_same_again():
     assert opt.state_dict()["method"]["k"] == before["method"]["k"]
 
 
+def test_sets_larger_than_a_part():
+    model, sizes = networks()["plain"][0], [7, 1500, 2300]
+    params, x = list(model.parameters()), torch.randn(sum(sizes), 4, generator=torch.Generator().manual_seed(2))
+    with (rows := LinearRows(model)):
+        terms = [(o.square().mean(), o.sigmoid().mean()[None]) for o in model(x).split(sizes)]
+        rows.checked = True                             # so that a wrong sum is not noticed and mended
+        torch.testing.assert_close(rows.jacobian(terms, params, sizes), backward_passes(terms, params),
+                                   rtol=1e-4, atol=1e-6)
+
+
 class Doubled(torch.autograd.Function):
     "An operation that vmap cannot do"
     @staticmethod
