@@ -44,7 +44,7 @@ def _number(kind: type, low: float, name: str):
     return convert
 
 # %% ../nbs/50_cli.ipynb #d0fda79d
-DEFAULTS = {"data": None, "download": False, "state": "VA", "protected": "MAR", "algorithms": list(ALGORITHMS),
+DEFAULTS = {"data": None, "download": False, "state": "VA", "protected": "MAR", "algorithms": ["adam", "sslalm", "ssw"],
             "out": "runs", **asdict(Setting()), "seconds": None}
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     a("--download", action="store_true", help="fetch a missing file from the Census Bureau into --data")
     a("--state", help="postal code of the state (VA)")
     a("--protected", metavar="COLUMN", help="protected attribute: MAR, SEX or RAC1P (MAR)")
-    a("--algorithms", nargs="+", metavar="NAME", help=f"which to train ({' '.join(ALGORITHMS)})")
+    a("--algorithms", nargs="+", metavar="NAME",
+      help=f"which to train: all, or some of {' '.join(ALGORITHMS)} (the first three)")
     a("--seconds", type=real("seconds"), help="seconds of training for each run (20)")
     a("--steps", type=whole("steps"), help="steps of each run, in place of seconds: reproducible")
     a("--seeds", type=whole("seeds"), help="number of seeds (1)")
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     a("--bound", type=real("bound"), help="largest gap allowed (0.05)")
     a("--draws", type=int, choices=(1, 2, 3), help="independent constraint draws a step (3)")
     a("--reference", choices=("population", "balanced"), help="what loss and overall rate average over (population)")
+    a("--anneal", action="store_true", help="let the step sizes fall to 0 over the budget")
     a("--evaluations", type=whole("evaluations"), help="points of the curves (40)")
     a("--out", metavar="FOLDER", help="where results go (./runs)")
     a("--resume", nargs="?", const="", metavar="RUN", help="go on with an interrupted run (the newest in ./runs)")
@@ -117,8 +119,9 @@ def acs(
     o = config["options"]
     o["seconds"] = 20. if o["seconds"] is None and o["steps"] is None else o["seconds"]
     setting = Setting(**{k: o[k] for k in asdict(Setting())})
+    o["algorithms"] = list(ALGORITHMS) if o["algorithms"] == ["all"] else o["algorithms"]
     if unknown := [n for n in o["algorithms"] if n not in ALGORITHMS]:
-        raise ValueError(f"expected --algorithms among {', '.join(ALGORITHMS)}, got {unknown[0]}")
+        raise ValueError(f"expected --algorithms among {', '.join(ALGORITHMS)}, or all, got {unknown[0]}")
     data = load_acs(o["data"], state=o["state"], protected=o["protected"], download=o["download"])
     if folder is None:
         folder, config = _start(o)

@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 import pytest
 from chapters import ROOT
 
+import hctrain
+from hctrain import ConstrainedOptimizer
+
 PAGES = pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 
 
@@ -39,3 +42,20 @@ def test_links(name):
         u = urlsplit(link)
         if not u.scheme and u.path:
             assert (ROOT / u.path).exists(), f"{name} links to {link}"
+
+
+def test_table_of_algorithms():
+    "The table names every algorithm, and says of each what the class claims"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in read("README.md").splitlines()
+            if re.match(r"\| \[?`\w+`", line) and line.count("|") == 10]
+    assert len(rows) == len({row[0] for row in rows}) > 5
+    named = set()
+    for name, _, _, _, equalities, over, _, _, chapter in rows:
+        name = re.search(r"`(\w+)`", name)[1]
+        cls = getattr(hctrain, name)
+        named.add(cls)
+        assert equalities == ("yes" if "equality" in cls.claims else "no"), name
+        assert over == ("yes" if "optimizer" in cls.claims else "no"), name
+        assert cls.__module__.split(".")[-1] in chapter, name
+    exported = [v for v in vars(hctrain).values() if isinstance(v, type) and issubclass(v, ConstrainedOptimizer)]
+    assert named == {*exported} - {ConstrainedOptimizer}
