@@ -261,15 +261,19 @@ def hold_out(
     train, test = (Batch(*(t[rows] for t in data.train)) for rows in (order[:cut], order[cut:]))
     return SimpleNamespace(train=train, test=test, n_groups=data.n_groups)
 
+
+# %% ../nbs/23_compare.ipynb #3b6c46cb
 def draws_of(
     algorithm: Algorithm, # With ranges
     trials: int,          # How many
     seed: int = 0         # Of the draws
 ) -> list[Algorithm]:
     "The algorithm with its own options, then with drawn ones"
-    rng = random.Random(f"{algorithm.label} {seed}")
-    drawn = [{name: float(f"{low * (high / low) ** rng.random():.2g}") for name, (low, high) in algorithm.space.items()}
-             for _ in range(trials - 1)]
+    rng, n = random.Random(f"{algorithm.label} {seed}"), trials - 1
+    strata = {name: rng.sample(range(n), n) for name in algorithm.space}                    # a Latin hypercube
+    at = lambda name, i: (strata[name][i] + rng.random()) / n
+    drawn = [{name: float(f"{low * (high / low) ** at(name, i):.2g}") for name, (low, high) in algorithm.space.items()}
+             for i in range(n)]
     return [algorithm] + [algorithm._replace(options=algorithm.options | options) for options in drawn]
 
 # %% ../nbs/23_compare.ipynb #9bf639d1
