@@ -30,7 +30,7 @@ from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, check_
 # %% auto #0
 __all__ = ['outputs', 'rows_are_independent', 'plain_step', 'one_draw_step', 'two_draw_step', 'three_draw_step', 'lazy_step',
            'ClosureStep', 'choose_step', 'Budget', 'Clock', 'Record', 'write_atomically', 'Checkpoint', 'interruptible',
-           'Progress', 'Run', 'primal_optimizers', 'annealing', 'train']
+           'Progress', 'Run', 'Anneal', 'train']
 
 # %% ../nbs/21_train.ipynb #257a7a64
 def outputs(
@@ -467,16 +467,31 @@ class _Looks(_Due):
                 self.saved.save(step, now, self.record)
 
 # %% ../nbs/21_train.ipynb #0eeee1b7
-def primal_optimizers(opt: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    "The torch optimizers that step the weights"
-    return getattr(opt, "optimizers", [opt])
+class Anneal:
+    "A scheduler for `lr (1 - used)`, over all torch optimizers that step the weights"
+    def __init__(self,
+        opt: torch.optim.Optimizer, # Whose primal step sizes fall
+        used: list[float]           # The share of the budget that is used up, kept up to date
+    ):
+        self.opt, self.used = opt, used
+        self.lr = [g["lr"] for g in self.groups()]
 
-def annealing(
-    optimizer: torch.optim.Optimizer, # Whose step sizes fall
-    used: list[float]                 # The share of the budget that is used up, kept up to date
-) -> torch.optim.lr_scheduler.LRScheduler:
-    "A scheduler for `lr (1 - used)`"
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1 - min(1., used[0]))
+    def groups(self) -> list[dict]:
+        "All parameter groups; torch makes new ones when it loads a state"
+        return [g for o in getattr(self.opt, "optimizers", [self.opt]) for g in o.param_groups]
+
+    def step(self) -> None:
+        "Set the step sizes"
+        for g, lr in zip(self.groups(), self.lr, strict=True):
+            g["lr"] = lr * (1 - min(1., self.used[0]))
+
+    def state_dict(self) -> dict[str, list[float]]:
+        "The step sizes at the start"
+        return {"lr": self.lr}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        "Take them back"
+        self.lr = list(state["lr"])
 
 # %% ../nbs/21_train.ipynb #3f0d02a4
 def _check_parts(opt, gaps, streams, resume, checkpoint):
@@ -517,7 +532,7 @@ def train(
     skip = check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip"
     attempt = SkipNonFinite(opt) if skip else nullcontext()
     used = [0.]                                            # the share of the budget
-    schedulers = [*schedulers, *(annealing(o, used) for o in primal_optimizers(opt) if anneal)]
+    schedulers = [*schedulers, *[Anneal(opt, used)] * anneal]
     parts = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": attempt}
     parts |= {f"scheduler{i}": s for i, s in enumerate(schedulers)}
     saved = None if checkpoint is None else Checkpoint(checkpoint, **parts)

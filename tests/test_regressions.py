@@ -1,6 +1,7 @@
 """Faults that were once there, each held down by a test."""
 import copy
 import math
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hctrain import (
     Box,
     RateGap,
     Simplex,
+    StochasticGhost,
     Streams,
     SwitchingSubgradient,
     WeightedBCE,
@@ -174,3 +176,27 @@ def test_an_optimizer_without_hooks_is_refused():
 def test_evaluation_counts_every_row():
     with pytest.raises(ValueError, match="as many rows in x, y and g"):
         evaluate(nn.Linear(2, 1), Batch(torch.ones(9, 2), torch.ones(3), torch.zeros(3, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("method", [lambda p: SSLALM(p, m=2), lambda p: SwitchingSubgradient(p, m=2, tol=9.),
+                                    lambda p: SSLALM(torch.optim.Adam(p), m=2), lambda p: StochasticGhost(p, m=4)])
+def test_annealed_runs_resume_bit_for_bit(method, tmp_path):
+    "Ctrl-C half-way, and the rest later; no warning about a torch optimizer that has not stepped yet"
+    def go(pressing=False, resume=False):
+        torch.manual_seed(0)
+        parts, times = list(task(method)), []
+        if isinstance(parts[1], StochasticGhost):
+            parts[3] = RateGap(positive_rate, 2, reference="batch", two_sided=True)
+        streams, loss = parts[4], parts[2]
+
+        def pressed(out, batch):
+            if pressing and streams.t > 20 and not times:
+                times.append(signal.raise_signal(signal.SIGINT))
+            return loss(out, batch)
+        parts[2] = pressed
+        run = train(*parts, steps=40, anneal=True, checkpoint=tmp_path / "run.pt", resume=resume, progress=False)
+        return [p.detach() for p in parts[0].parameters()], parts[1].param_groups[0]["lr"], run.finished
+    whole, lr, _ = go()
+    assert not go(pressing=True)[2]
+    again, _, finished = go(resume=True)
+    assert finished and 0 < lr < .02 and all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
