@@ -59,3 +59,8 @@ def test_table_of_algorithms():
         assert cls.__module__.split(".")[-1] in chapter, name
     exported = [v for v in vars(hctrain).values() if isinstance(v, type) and issubclass(v, ConstrainedOptimizer)]
     assert named == {*exported} - {ConstrainedOptimizer}
+
+
+def test_names_are_linked_once():
+    "nbdev links a name in backticks by itself; a link around it would be a link in a link"
+    assert r"[\[" not in read("README.md")
