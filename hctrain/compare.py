@@ -32,7 +32,7 @@ from .train import Budget, Run, train, write_atomically
 # %% auto #0
 __all__ = ['STEP', 'DUAL', 'RHO', 'ALGORITHMS', 'PAPER', 'COLUMNS', 'scores', 'two_sided_scores', 'decisions', 'Algorithm',
            'OverAdam', 'adam', 'nupi', 'Setting', 'measure', 'run_one', 'compare', 'last_values', 'table', 'long_table',
-           'curves', 'save', 'hold_out', 'draws_of', 'tune']
+           'curves', 'save', 'hold_out', 'draws_of', 'winner', 'tune']
 
 # %% ../nbs/23_compare.ipynb #7df7392f
 def scores(n_groups: int, bound: float, weights: Tensor | None) -> RateGap:
@@ -276,6 +276,14 @@ def draws_of(
              for i in range(n)]
     return [algorithm] + [algorithm._replace(options=algorithm.options | options) for options in drawn]
 
+# %% ../nbs/23_compare.ipynb #8b6f45a9
+def winner(
+    table: list[dict], # Trials with their `loss` and `gap`
+    limit: float       # Largest gap of a feasible one
+) -> dict:
+    "The feasible trial of the lowest loss; if none is feasible, that of the smallest gap"
+    return min(table, key=lambda row: (row["gap"] > limit, row["loss"] if row["gap"] <= limit else row["gap"]))
+
 # %% ../nbs/23_compare.ipynb #9bf639d1
 def tune(
     data,                                 # Has `train`, `test` (batches) and `n_groups`; the test rows are not used
@@ -283,6 +291,7 @@ def tune(
     algorithm: Algorithm,                 # With ranges in `space`
     setting: Setting = Setting(),         # Budget, bound and batches of each trial; its `seeds` are not used
     trials: int = 8,                      # Trials, the first with the algorithm's own options
+    excess: float = .1,                   # Share of the bound by which a feasible trial may exceed it
     seed: int = 0                         # Of the draws, the split and the runs
 ) -> tuple[Algorithm, list[dict]]:
     "The algorithm with the options that did best, and all trials: options, loss and largest gap on rows set aside"
@@ -295,5 +304,4 @@ def tune(
         except FloatingPointError:
             loss, gap = float("inf"), float("inf")
         table.append({"options": a.options, "loss": loss, "gap": gap})
-    rank = lambda row: (row["gap"] > setting.bound, row["loss"] if row["gap"] <= setting.bound else row["gap"])
-    return algorithm._replace(options=min(table, key=rank)["options"]), table
+    return algorithm._replace(options=winner(table, setting.bound * (1 + excess))["options"]), table
