@@ -119,7 +119,7 @@ def acs(
     o = config["options"]
     o["seconds"] = 20. if o["seconds"] is None and o["steps"] is None else o["seconds"]
     setting = Setting(**{k: o[k] for k in asdict(Setting())})
-    o["algorithms"] = list(ALGORITHMS) if o["algorithms"] == ["all"] else o["algorithms"]
+    o["algorithms"] = list(ALGORITHMS) if "all" in o["algorithms"] else o["algorithms"]
     if unknown := [n for n in o["algorithms"] if n not in ALGORITHMS]:
         raise ValueError(f"expected --algorithms among {', '.join(ALGORITHMS)}, or all, got {unknown[0]}")
     data = load_acs(o["data"], state=o["state"], protected=o["protected"], download=o["download"])

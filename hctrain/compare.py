@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
+import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +33,8 @@ from .train import Budget, Run, train, write_atomically
 
 # %% auto #0
 __all__ = ['STEP', 'DUAL', 'RHO', 'ALGORITHMS', 'PAPER', 'COLUMNS', 'scores', 'two_sided_scores', 'decisions', 'Algorithm',
-           'OverAdam', 'adam', 'nupi', 'Setting', 'measure', 'run_one', 'compare', 'last_values', 'table', 'long_table',
-           'curves', 'save', 'hold_out', 'draws_of', 'winner', 'tune']
+           'OverAdam', 'adam', 'pi_control', 'Setting', 'measure', 'What', 'run_one', 'compare', 'last_values', 'table',
+           'long_table', 'curves', 'save', 'hold_out', 'draws_of', 'winner', 'tune']
 
 # %% ../nbs/23_compare.ipynb #7df7392f
 def scores(n_groups: int, bound: float, weights: Tensor | None) -> RateGap:
@@ -70,9 +72,9 @@ def adam(params, m: int, lr: float = 1e-3):
     "Adam on the loss alone"
     return torch.optim.Adam(params, lr=lr)
 
-def nupi(params, m: int, lr: float = 1e-3, kp: float = 1., **options):
+def pi_control(params, m: int, lr: float = 1e-3, kp: float = 1., nu: float = 0., **options):
     "The plain Lagrangian over Adam, its multipliers under PI control"
-    return OverAdam(Lagrangian)(params, m, lr, rho=0., dual=PI(kp=kp), **options)
+    return OverAdam(Lagrangian)(params, m, lr, rho=0., dual=PI(kp=kp, nu=nu, start="first"), **options)
 
 # %% ../nbs/23_compare.ipynb #46daaa69
 STEP, DUAL, RHO = {"lr": (1e-3, 2e-2)}, {"dual_lr": (1e-2, 1.)}, {"rho": (.1, 10.)}
@@ -86,7 +88,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "sslalm-adam": Algorithm("SSL-ALM, Adam", OverAdam(SSLALM), {}, {**STEP, **DUAL, **RHO, "mu": (.02, 2.)}),
     "lagrangian": Algorithm("Lagrangian", OverAdam(Lagrangian), {"rho": 0.}, {**STEP, **DUAL}),
     "alm": Algorithm("ALM", OverAdam(Lagrangian), {}, {**STEP, **DUAL, **RHO}),
-    "nupi": Algorithm("nuPI", nupi, {}, {**STEP, **DUAL, "kp": (.1, 10.)}),
+    "pi": Algorithm("PI control", pi_control, {}, {**STEP, **DUAL, "kp": (.1, 10.), "nu": (1e-2, .9)}),
     "penalty": Algorithm("Penalty", OverAdam(Penalty), {}, {**STEP, "rho": (.3, 100.)}),
     "sonex": Algorithm("SONEX-like", OverAdam(SmoothedPenalty), {}, {**STEP, "rho": (.3, 10.), "width": (1e-2, .2)}),
     "spbm": Algorithm("SPBM", OverAdam(PenaltyBarrier), {}, {**STEP, "gamma": (1e-2, 1.), "shrink": (1e-2, 1.)}),
@@ -137,6 +139,23 @@ def measure(
                    f"{split}_rates": ev.soft.values}
     return values
 
+# %% ../nbs/23_compare.ipynb #f6df7445
+class What:
+    "What a run is, kept in its checkpoint: resuming another one is refused"
+    def __init__(self, algorithm: Algorithm, setting: Setting):
+        options = algorithm.options or "its own options"
+        self.text = f"{algorithm.label} with {options}, {algorithm.constraints.__name__}, {setting}"
+
+    def state_dict(self) -> dict[str, str]:
+        "In words"
+        return {"what": self.text}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        "Compare"
+        if state["what"] != self.text:
+            raise ValueError(f"expected a run of {self.text}, got one of {state['what']}: "
+                             "choose another folder, or remove its checkpoints")
+
 # %% ../nbs/23_compare.ipynb #5f624ffa
 def run_one(
     data,                                 # Has `train`, `test` (batches) and `n_groups`
@@ -151,12 +170,14 @@ def run_one(
     weights = streams.weights if setting.reference == "population" else None
     gaps = algorithm.constraints(data.n_groups, setting.bound, weights)
     model = network(seed)
-    opt = algorithm.make(model.parameters(), gaps.m, **algorithm.options)
+    seeded = {"seed": seed} if "seed" in inspect.signature(algorithm.make).parameters else {}
+    opt = algorithm.make(model.parameters(), gaps.m, **seeded, **algorithm.options)
     with torch.random.fork_rng(devices=[]):                   # what the network draws itself, for dropout say
         torch.manual_seed(seed)
         run = train(model, opt, WeightedBCE(weights), gaps, streams, steps=setting.steps, seconds=setting.seconds,
                     draws=setting.draws, evaluations=setting.evaluations, anneal=setting.anneal,
-                    evaluate=lambda: measure(model, data, setting.bound), **kw)
+                    evaluate=lambda: measure(model, data, setting.bound),
+                    parts={"what": What(algorithm, setting)}, **kw)
     return run, model
 
 # %% ../nbs/23_compare.ipynb #15d1a929
@@ -252,15 +273,20 @@ def save(
 # %% ../nbs/23_compare.ipynb #37f410d6
 def hold_out(
     data,              # Has `train`, `test` (batches) and `n_groups`
-    share: float = .2, # Of the training rows, to be set aside
+    share: float = .2, # Of the training rows of each group, to be set aside
     seed: int = 0      # Of the choice
 ) -> SimpleNamespace:
     "The same data for tuning: the rows set aside stand where the test rows were"
-    order = torch.randperm(len(data.train.y), generator=torch.Generator().manual_seed(seed))
-    cut = round(len(order) * (1 - share))
-    train, test = (Batch(*(t[rows] for t in data.train)) for rows in (order[:cut], order[cut:]))
+    g, order = data.train.g, torch.randperm(len(data.train.g), generator=torch.Generator().manual_seed(seed))
+    groups = [order[g[order] == j] for j in range(data.n_groups)]
+    cuts = [round(len(rows) * share) for rows in groups]
+    if not all(0 < cut < len(rows) for cut, rows in zip(cuts, groups, strict=True)):
+        raise ValueError(f"expected groups of which {share:g} can be set aside, got {[len(rows) for rows in groups]} "
+                         "rows: join small groups, or choose another share")
+    aside, rest = (torch.cat([rows[part] for rows, part in zip(groups, parts, strict=True)])
+                   for parts in ([slice(cut) for cut in cuts], [slice(cut, None) for cut in cuts]))
+    train, test = (Batch(*(t[rows] for t in data.train)) for rows in (rest, aside))
     return SimpleNamespace(train=train, test=test, n_groups=data.n_groups)
-
 
 # %% ../nbs/23_compare.ipynb #3b6c46cb
 def draws_of(
@@ -269,6 +295,8 @@ def draws_of(
     seed: int = 0         # Of the draws
 ) -> list[Algorithm]:
     "The algorithm with its own options, then with drawn ones"
+    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
+        raise ValueError(f"expected trials of at least 1, got {trials!r}: the first are the algorithm's own options")
     rng, n = random.Random(f"{algorithm.label} {seed}"), trials - 1
     strata = {name: rng.sample(range(n), n) for name in algorithm.space}                    # a Latin hypercube
     at = lambda name, i: (strata[name][i] + rng.random()) / n
@@ -282,7 +310,10 @@ def winner(
     limit: float       # Largest gap of a feasible one
 ) -> dict:
     "The feasible trial of the lowest loss; if none is feasible, that of the smallest gap"
-    return min(table, key=lambda row: (row["gap"] > limit, row["loss"] if row["gap"] <= limit else row["gap"]))
+    def rank(row):
+        gap, loss = row["gap"], row["loss"]
+        return (2, 0.) if not math.isfinite(gap + loss) else (0, loss) if gap <= limit else (1, gap)
+    return min(table, key=rank)
 
 # %% ../nbs/23_compare.ipynb #9bf639d1
 def tune(

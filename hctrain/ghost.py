@@ -407,7 +407,7 @@ class StochasticGhost(_Answers, _NoLoop, _Move, ConstrainedOptimizer):
         box: float = 10.0,           # Box of the direction, β
         tau: float = 1.0,            # Curvature of the subproblem, τ
         lam: float = 0.5,            # Weight of t* in kappa, λ
-        alpha: float = 0.6,          # Decay of the level law; 1/2 to 3/4 for finite cost and variance
+        alpha: float = 0.6,          # Decay of the level law; above 1/2 for a finite cost
         cap: int = 10,               # Largest level
         batch: int = 1,              # Samples of the coarsest batch
         debias: bool = True,         # Multi-level direction; False takes that of one batch
@@ -420,6 +420,8 @@ class StochasticGhost(_Answers, _NoLoop, _Move, ConstrainedOptimizer):
             raise TypeError(f"expected parameters or parameter groups, got {type(params).__name__}: "
                             "the direction is the step, no other optimizer takes it")
         _check(inner, box, tau, lam, alpha, cap, batch, decay)
+        if schedule == "damped" and decay == 1:
+            raise ValueError("expected decay below 1 with schedule='damped', got 1: the second step would be 0")
         super().__init__(params, m, lr, project)
         self.inner, self.box, self.tau, self.lam, self.alpha, self.cap = inner, box, tau, lam, alpha, cap
         self.batch, self.debias, self.decay, self.seed = batch, debias, decay, seed

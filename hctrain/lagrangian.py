@@ -37,7 +37,7 @@ class PI:
 
     @staticmethod
     def momentum(beta: float, dampening: float = 0.) -> PI:
-        "The gains of momentum, v ← β v + (1 − δ) c and y ← y + η v, with δ the dampening of `torch.optim.SGD`"
+        "The gains of momentum, v ← β v + (1 − δ) c and y ← y + η v, from the first step on damped by δ"
         check_numbers(beta=beta)
         if beta == 1:
             raise ValueError(f"expected beta in [0, 1), got {beta!r}: it would remember everything for ever")

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,9 +67,10 @@ def one_draw_step(model, opt, loss, gaps, streams, joint):
     xi, = streams.draw(1)
     out = model(xi.x)
     f, c1 = loss(out, xi), gaps(out, xi)
+    true = true_values(gaps, out, xi) if hasattr(gaps, "true") else None
     opt.zero_grad()
-    opt.dual_step(true_values(gaps, out, xi) if hasattr(gaps, "true") else c1.detach())
-    opt.lagrangian(f, c1).backward()
+    opt.dual_step(c1.detach() if true is None else true)
+    opt.lagrangian(f, c1, true).backward()
     opt.step()
 
 # %% ../nbs/21_train.ipynb #c6b9f337
@@ -79,7 +80,7 @@ def two_draw_step(model, opt, loss, gaps, streams, joint):
     out = model(z1.x)
     f, c1 = loss(out, z1), gaps(out, z1)
     with torch.no_grad():
-        c2 = gaps(model(z2.x), z2)
+        c2 = true_values(gaps, model(z2.x), z2)
     opt.zero_grad()
     opt.dual_step(true_values(gaps, out, z1) if hasattr(gaps, "true") else c1.detach())
     opt.lagrangian(f, c1, c2).backward()
@@ -93,7 +94,7 @@ def three_draw_step(model, opt, loss, gaps, streams, joint):
     f, c1 = loss(out, xi), gaps(out1, z1)
     with torch.no_grad():
         out0, out2 = outputs(model, z0, z2, joint=joint)
-        c0, c2 = true_values(gaps, out0, z0), gaps(out2, z2)
+        c0, c2 = true_values(gaps, out0, z0), true_values(gaps, out2, z2)
     opt.zero_grad()
     opt.dual_step(c0)
     opt.lagrangian(f, c1, c2).backward()
@@ -494,7 +495,7 @@ class Anneal:
         self.lr = list(state["lr"])
 
 # %% ../nbs/21_train.ipynb #3f0d02a4
-def _check_parts(opt, gaps, streams, resume, checkpoint):
+def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules):
     "Refuse parts that do not go together"
     if resume and checkpoint is None:
         raise ValueError("expected a checkpoint to resume from, got none: "
@@ -503,6 +504,11 @@ def _check_parts(opt, gaps, streams, resume, checkpoint):
         raise TypeError(f"expected streams with draw(k), got {type(streams).__name__}: see Streams in hctrain.sampling")
     if isinstance(opt, ConstrainedOptimizer) and gaps is None:
         raise ValueError(f"expected gaps for {type(opt).__name__}, got none: pass constraints, or a torch optimizer")
+    if hasattr(gaps, "true") and getattr(opt, "draws_itself", False):
+        raise ValueError(f"expected constraints of one kind for {type(opt).__name__}, got a Proxy: "
+                         "its multipliers come with the direction, from the surrogate alone")
+    if two_schedules:
+        raise ValueError("expected schedulers or anneal=True, got both: each would undo what the other sets")
 
 # %% ../nbs/21_train.ipynb #abadd028
 def train(
@@ -519,23 +525,24 @@ def train(
     evaluate: Callable | None = None,        # `evaluate()` returns numbers, or short vectors of them, by name
     evaluations: int = 20,                   # How often, evenly spread, besides at the start
     schedulers: Sequence = (),               # Learning-rate schedulers, stepped after each step
-    anneal: bool = False,                    # Let all primal step sizes fall to 0 over the budget, in a line
+    anneal: bool = False,                    # Let the steps of the weights fall to 0 over the budget, in a line
     checkpoint: str | Path | None = None,    # File written at each evaluation and after Ctrl-C
     resume: bool = False,                    # Go on from that file
     nonfinite: str = "raise",                # What a NaN does; `"skip"` leaves that step out and counts it
+    parts: Mapping | None = None,            # More to keep in the checkpoint, by name: `state_dict`, `load_state_dict`
     progress: bool | str = True              # Show a bar; a string is its title
 ) -> Run:
     "Train until the budget is used up or Ctrl-C is pressed"
     budget, do_step = Budget(steps, seconds, epochs, evaluations), choose_step(opt, draws)
     joint = rows_are_independent(model)
-    _check_parts(opt, gaps, streams, resume, checkpoint)
+    _check_parts(opt, gaps, streams, resume, checkpoint, anneal and schedulers)
     skip = check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip"
     attempt = SkipNonFinite(opt) if skip else nullcontext()
     used = [0.]                                            # the share of the budget
     schedulers = [*schedulers, *[Anneal(opt, used)] * anneal]
-    parts = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": attempt}
-    parts |= {f"scheduler{i}": s for i, s in enumerate(schedulers)}
-    saved = None if checkpoint is None else Checkpoint(checkpoint, **parts)
+    kept = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": attempt, **(parts or {})}
+    kept |= {f"scheduler{i}": s for i, s in enumerate(schedulers)}
+    saved = None if checkpoint is None else Checkpoint(checkpoint, **kept)
     step, past, record = saved.load() if resume else (0, 0., Record())
     clock, bar = Clock(past), Progress(progress)
     def told():
@@ -548,12 +555,12 @@ def train(
                 if run.due(step):
                     run.look(step)
                 bar.show(spent := run.spent(step))
-                used[0] = spent
                 if spent >= 1 or pressed():
                     break
                 with attempt:
                     do_step(model, opt, loss, gaps, streams, joint)
                 step += 1
+                used[0] = run.spent(step)
                 for scheduler in schedulers:
                     scheduler.step()
             if spent < 1:

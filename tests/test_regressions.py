@@ -2,6 +2,7 @@
 import copy
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from hctrain import (
     SSLALM,
     Batch,
     Box,
+    Lagrangian,
+    Penalty,
+    Proxy,
     RateGap,
     Simplex,
     StochasticGhost,
@@ -21,7 +25,7 @@ from hctrain import (
     positive_rate,
     project_after,
 )
-from hctrain.compare import ALGORITHMS, compare
+from hctrain.compare import ALGORITHMS, Setting, compare, hold_out
 from hctrain.evaluate import evaluate
 from hctrain.optimizer import Descent
 from hctrain.projection import Around, Intersection
@@ -199,4 +203,47 @@ def test_annealed_runs_resume_bit_for_bit(method, tmp_path):
     whole, lr, _ = go()
     assert not go(pressing=True)[2]
     again, _, finished = go(resume=True)
-    assert finished and 0 < lr < .02 and all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    assert finished and lr == 0 and all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_a_proxy_reaches_the_weights():
+    "Decisions as true values change multipliers and penalties; Stochastic Ghost has no use for them and says so"
+    def go(method, bound, draws):
+        torch.manual_seed(0)
+        model, opt, loss, gaps, streams = task(method)
+        hard = RateGap(positive_rate, 2, bound, reference="batch", hard=True)
+        train(model, opt, loss, Proxy(gaps, hard), streams, steps=20, draws=draws, progress=False)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+    for method in (lambda p: Lagrangian(p, m=2), lambda p: Penalty(p, m=2)):
+        for draws in (1, 2, 3):
+            assert not torch.equal(go(method, .01, draws), go(method, .9, draws))
+    with pytest.raises(ValueError, match="got a Proxy"):
+        go(lambda p: StochasticGhost(p, m=2), .01, 3)
+
+
+def test_a_comparison_goes_on_with_its_own_runs_only(tmp_path):
+    gen = torch.Generator().manual_seed(0)
+    x, g = torch.randn(200, 2, generator=gen), torch.arange(200) % 2
+    rows = Batch(x, (x[:, 0] > 0).float(), g)
+    data = SimpleNamespace(train=rows, test=rows, n_groups=2)
+    setting, a = Setting(seconds=None, steps=5, evaluations=1), ALGORITHMS["alm"]
+    go = lambda a: compare(data, lambda seed: nn.Linear(2, 1), [a], setting, tmp_path, resume=True, progress=False)
+    go(a), go(a)
+    with pytest.raises(ValueError, match="choose another folder"):
+        go(a._replace(options={"lr": .01}))
+
+
+def test_tuning_sets_aside_rows_of_every_group():
+    g = torch.tensor([0] * 100 + [1] * 5)
+    rows = Batch(torch.zeros(105, 1), torch.zeros(105), g)
+    part = hold_out(SimpleNamespace(train=rows, test=None, n_groups=2))
+    assert part.test.g.bincount().tolist() == [20, 1] and part.train.g.bincount().tolist() == [80, 4]
+    with pytest.raises(ValueError, match="expected groups of which"):
+        hold_out(SimpleNamespace(train=Batch(*(t[:101] for t in rows)), test=None, n_groups=2))
+
+
+def test_schedulers_and_annealing_do_not_meet():
+    model, opt, *rest = task(lambda p: SSLALM(p, m=2))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, .9)
+    with pytest.raises(ValueError, match="got both"):
+        train(model, opt, *rest, steps=2, schedulers=[schedule], anneal=True, progress=False)
