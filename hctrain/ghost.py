@@ -235,7 +235,7 @@ class _Watched:
     def __init__(self,
         model: nn.Module  # The network; its output is one number a row
     ):
-        self.model, self.usable, self.checked, self.batched = model, True, False, True
+        self.model, self.usable, self.calls_made, self.batched = model, True, 0, True
 
     def __enter__(self):
         self.calls, self.outs = [], []
@@ -290,7 +290,8 @@ class LinearRows(_Heads):
         self.usable = self.usable and self._fits(params, sizes)
         if self.usable:
             Z = self._product(terms, params, sizes)
-            self.usable = self.checked = self.checked or self._agrees(Z, terms, params)
+            self.usable = self.calls_made % 100 != 0 or self._agrees(Z, terms, params)
+            self.calls_made += 1
         return Z if self.usable else backward_passes(terms, params)
 
     def _product(self, terms, params, sizes):

@@ -159,18 +159,19 @@ class Battery:
         self.kind, self.rules = kind, {}
 
     def rule(self, check: Callable) -> Callable:
-        "Add a rule, a function of `make`, under its docstring"
+        "Add a rule, a function of `make`, under its docstring; it returns False where it does not apply"
         self.rules[check.__doc__] = check
         return check
 
     def __call__(self, make: Callable) -> list[str]:
-        "The names of the rules, all kept, or an AssertionError that names the first broken one"
+        "The names of the rules that apply, all kept, or an AssertionError that names the first broken one"
+        kept = []
         for rule, check in self.rules.items():
             try:
-                check(make)
+                kept += [rule] if check(make) is not False else []
             except Exception as e:
                 raise AssertionError(f"the {self.kind} breaks the rule '{rule}': {e}") from e
-        return list(self.rules)
+        return kept
 
 def require(
     condition: bool, # What the rule demands
@@ -184,15 +185,17 @@ def require(
 def leaves(
     tree  # A nested state of dicts, lists and tuples
 ) -> list:
-    "Its tensors and other values, in order"
-    if isinstance(tree, (dict, list, tuple)):
-        return [leaf for v in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(v)]
-    return [tree]
+    "Its keys, tensors and other values, in order"
+    if isinstance(tree, dict):
+        return [leaf for k, v in tree.items() for leaf in (k, *leaves(v))]
+    return [leaf for v in tree for leaf in leaves(v)] if isinstance(tree, (list, tuple)) else [tree]
 
 def same(
     a,  # A nested state
     b   # Another one
 ) -> bool:
-    "Whether two states are equal bit for bit"
-    equal = lambda p, q: torch.equal(p, q) if isinstance(p, Tensor) and isinstance(q, Tensor) else p is q or p == q
+    "Whether two states are equal bit for bit: keys, types and values"
+    def equal(p, q):
+        tensors = isinstance(p, Tensor) and isinstance(q, Tensor)
+        return p.dtype == q.dtype and torch.equal(p, q) if tensors else p is q or type(p) is type(q) and p == q
     return len(a := leaves(a)) == len(b := leaves(b)) and all(map(equal, a, b))

@@ -83,6 +83,10 @@ class _Slack:
         self.weights.clear()
         super().zero_grad(set_to_none)
 
+    def __getstate__(self):
+        "For copies and pickles, which a graph cannot be in"
+        return {**super().__getstate__(), "weights": []}
+
 # %% ../nbs/05_sslalm.ipynb #b029ed51
 class SSLALM(_Form, _Slack, Multipliers, ConstrainedOptimizer):
     "Stochastic smoothed and linearized augmented Lagrangian method, Eqs. (2)-(3) of arXiv 2509.21254"

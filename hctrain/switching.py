@@ -32,6 +32,10 @@ class _SecondOptimizer:
         self.ratio = constraint_lr / lr if lr and isinstance(self.primal, Descent) else None
         if optimizer is None:
             return Descent([self.other_group(g) for g in self.param_groups], lr=constraint_lr)
+        if not isinstance(optimizer, torch.optim.Optimizer) or optimizer is self.primal:
+            got = type(optimizer).__name__
+            raise TypeError(f"expected constraint_optimizer as a torch optimizer of its own, got {got}: "
+                            "make a second one on the same parameters")
         tensors = lambda groups: {id(p) for g in groups for p in g["params"]}
         mine, its = tensors(self.param_groups), tensors(optimizer.param_groups)
         if mine != its:
@@ -99,14 +103,15 @@ class _RandomIterate:
         if not self.kept:
             raise RuntimeError(f"expected a feasible step to choose from, got none in {self.k}: "
                                "train longer, with output='random'")
-        for p in (p for g in self.param_groups for p in g["params"]):
+        for p in (p for g in self.param_groups for p in g["params"] if "kept" in self.state[p]):
             p.copy_(self.state[p]["kept"])
         return self.kept
 
 # %% ../nbs/06_switching.ipynb #0944d798
 class SwitchingSubgradient(_SecondOptimizer, _Branchless, _RandomIterate, ConstrainedOptimizer):
     "Stochastic switching subgradient method, Huang and Lin (NeurIPS 2023), as run in arXiv 2509.21254"
-    saved, knobs = ("k", "eps", "tol", "schedule", "total", "kept"), ("constraint_lr", "tol", "schedule", "output")
+    saved = ("k", "eps", "tol", "schedule", "total", "kept", "output", "start", "seed")
+    knobs = ("constraint_lr", "tol", "schedule", "output")
     claims, lazy = frozenset({"optimizer"}), True
     group_options = ("constraint_lr",)
     def __init__(self,
@@ -148,6 +153,7 @@ class SwitchingSubgradient(_SecondOptimizer, _Branchless, _RandomIterate, Constr
         use_c, use_f = self.branchless or self.violated, self.branchless or not self.violated
         f = self.scalar(f() if callable(f) else f).to(self.dtype) if use_f or not callable(f) else None
         c1 = self.values("c1", c1() if callable(c1) else c1, graph=True) if use_c or not callable(c1) else None
+        c2 = None if c2 is None else self.values("c2", c2)
         self.finite(**{name: t for name, t in (("f", f), ("c1", c1), ("c2", c2)) if t is not None})
         c1 = c1.gather(0, self.i[None]).squeeze(0) if use_c else None             # c_i(x, ζ)
         return torch.where(self.violated, c1, f) if self.branchless else c1 if self.violated else f

@@ -59,6 +59,8 @@ def plain_step(model, opt, loss, gaps, streams, joint):
     if readable(f):
         check_finite(f=f)
     f.backward()
+    if readable(f):
+        check_finite(**{f"gradient {i}": p.grad for i, p in enumerate(model.parameters()) if p.grad is not None})
     opt.step()
 
 # %% ../nbs/21_train.ipynb #64c4b5b5
@@ -536,18 +538,16 @@ def train(
     budget, do_step = Budget(steps, seconds, epochs, evaluations), choose_step(opt, draws)
     joint = rows_are_independent(model)
     _check_parts(opt, gaps, streams, resume, checkpoint, anneal and schedulers)
-    skip = check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip"
-    attempt = SkipNonFinite(opt) if skip else nullcontext()
+    skipping = SkipNonFinite(opt)
+    attempt = skipping if check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip" else nullcontext()
     used = [0.]                                            # the share of the budget
     schedulers = [*schedulers, *[Anneal(opt, used)] * anneal]
-    kept = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": attempt, **(parts or {})}
+    kept = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": skipping, **(parts or {})}
     kept |= {f"scheduler{i}": s for i, s in enumerate(schedulers)}
     saved = None if checkpoint is None else Checkpoint(checkpoint, **kept)
     step, past, record = saved.load() if resume else (0, 0., Record())
     clock, bar = Clock(past), Progress(progress)
-    def told():
-        with attempt:
-            getattr(opt, "check", lambda: None)()
+    told = getattr(opt, "check", lambda: None) if attempt is not skipping else skipping.check
     run = _Looks(record, budget, clock, getattr(streams, "batches_per_epoch", 1), told, evaluate, saved, bar)
     try:
         with interruptible() as pressed:
@@ -567,4 +567,4 @@ def train(
                 run.save(step)
     finally:
         bar.close()
-    return Run(record, step, clock(), pressed(), spent >= 1, attempt.count if skip else 0)
+    return Run(record, step, clock(), pressed(), spent >= 1, skipping.count)
