@@ -144,7 +144,8 @@ class What:
     "What a run is, kept in its checkpoint: resuming another one is refused"
     def __init__(self, algorithm: Algorithm, setting: Setting):
         options = algorithm.options or "its own options"
-        self.text = f"{algorithm.label} with {options}, {algorithm.constraints.__name__}, {setting}"
+        shared = {k: getattr(setting, k) for k in ("bound", "draws", "reference", "anneal")}     # a budget may grow
+        self.text = f"{algorithm.label} with {options}, {algorithm.constraints.__name__}, {shared}"
 
     def state_dict(self) -> dict[str, str]:
         "In words"
