@@ -47,6 +47,7 @@ def _number(kind: type, low: float, name: str):
 DEFAULTS = {"data": None, "download": False, "state": "VA", "protected": "MAR", "algorithms": ["adam", "sslalm", "ssw"],
             "out": "runs", **asdict(Setting()), "seconds": None}
 
+# %% ../nbs/50_cli.ipynb #ddc08e8e
 def parser() -> argparse.ArgumentParser:
     "The command line, as argparse knows it"
     p = _Parser(prog="hctrain", description="Train PyTorch models under stochastic constraints.")
@@ -120,14 +121,13 @@ def acs(
     o["seconds"] = 20. if o["seconds"] is None and o["steps"] is None else o["seconds"]
     setting = Setting(**{k: o[k] for k in asdict(Setting())})
     o["algorithms"] = list(ALGORITHMS) if "all" in o["algorithms"] else o["algorithms"]
-    if unknown := [n for n in o["algorithms"] if n not in ALGORITHMS]:
+    if unknown := sorted({*o["algorithms"]} - {*ALGORITHMS}):
         raise ValueError(f"expected --algorithms among {', '.join(ALGORITHMS)}, or all, got {unknown[0]}")
     data = load_acs(o["data"], state=o["state"], protected=o["protected"], download=o["download"])
-    if folder is None:
-        folder, config = _start(o)
+    folder, config = (folder, config) if folder else _start(o)
     print(data, flush=True)
-    runs = compare(data, lambda seed: network(len(data.feature_names), seed=seed),
-                   [ALGORITHMS[n] for n in o["algorithms"]], setting, folder, resume="resume" in given)
+    make = lambda seed: network(len(data.feature_names), seed=seed)
+    runs = compare(data, make, [ALGORITHMS[n] for n in o["algorithms"]], setting, folder, resume="resume" in given)
     if any(r.interrupted for rs in runs.values() for r in rs):
         print(f"Interrupted; what was done is kept. Go on with: hctrain acs --resume {folder}", flush=True)
         return 130

@@ -118,8 +118,7 @@ class Setting:
         if not 0 <= self.bound < 1:
             raise ValueError(f"expected bound in [0, 1), got {self.bound!r}: it is a difference of two rates")
         if self.draws not in (1, 2, 3):
-            raise ValueError(f"expected draws to be 3, 2 or 1, got {self.draws!r}: "
-                             "it counts the constraint draws of a step")
+            raise ValueError(f"expected draws to be 3, 2 or 1, got {self.draws!r}: it counts a step's draws")
         if self.reference not in ("population", "balanced"):
             raise ValueError(f"expected reference to be 'population' or 'balanced', got {self.reference!r}: "
                              "it says what loss and overall rate average over")

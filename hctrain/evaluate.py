@@ -222,7 +222,7 @@ def evaluate(
     soft, hard, losses, hits = total
     return Evaluation(rates_with_intervals(soft, level), rates_with_intervals(hard, level), losses, hits, bound, level)
 
-
+# %% ../nbs/20_evaluate.ipynb #d3d29c61
 def _tally(model, batch, statistic, n_groups):
     "Sums of one chunk, which add up: moments of soft and hard rates, losses, right decisions"
     z = flat_logits(model(batch.x)).to("cpu", torch.float64)

@@ -389,11 +389,8 @@ class _Descend:
             with torch.no_grad():
                 self.apply(force)
             return loss
-        if closure is None:
-            loss = evaluate()
-            optimizer.step()
-        else:
-            loss = self.evaluated_again(optimizer, evaluate)
+        once = lambda: (evaluate(), optimizer.step())[0]
+        loss = once() if closure is None else self.evaluated_again(optimizer, evaluate)
         if self.project is not None:                       # what is frozen takes its place in the list as a copy
             self.project([p if p.requires_grad else p.clone() for g in self.param_groups for p in g["params"]])
         return loss

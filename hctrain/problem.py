@@ -173,6 +173,7 @@ class Battery:
                 raise AssertionError(f"the {self.kind} breaks the rule '{rule}': {e}") from e
         return kept
 
+# %% ../nbs/00_problem.ipynb #f345b3ca
 def require(
     condition: bool, # What the rule demands
     said: str        # What came instead
