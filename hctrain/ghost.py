@@ -340,11 +340,6 @@ class _Answers(_Samples):
             f, c = f.mean(), c.mean(0)
         return self.scalar(f), self.values("c", c, graph=True)
 
-    def finite_now(self, **tensors: Tensor) -> None:
-        "Refuse non-finite values at once, on a device too"
-        if self.finite(**tensors) is not None:
-            self.check()
-
 # %% ../nbs/07_ghost.ipynb #1c0de7a5
 class _NoLoop:
     "The calls of the common loop, refused"
@@ -388,8 +383,7 @@ class _Move:
         for g in self.param_groups:
             if x := [p for p in g["params"] if p.requires_grad]:
                 torch._foreach_add_(x, [next(pieces).view_as(p) for p in x], alpha=g["lr"] * self.s)
-        if self.project is not None:                       # what is frozen takes its place in the list as a copy
-            self.project([p if p.requires_grad else p.clone() for g in self.param_groups for p in g["params"]])
+        self.keep_in_set()
         self.k += 1
         self.y.lerp_(y.to(self.y), 4 / (self.k + 3))       # weights that grow like k³: the start is forgotten
         self.s = STEPS[self.schedule](self.s, self.k, self.decay)

@@ -23,8 +23,9 @@ from torch import Tensor
 from .problem import Battery, Toy, leaves, require, same, toys
 
 # %% auto #0
-__all__ = ['RULES', 'INNER', 'check_numbers', 'check_choice', 'is_finite', 'check_finite', 'Descent', 'Ascent', 'masked', 'plain',
-           'Multipliers', 'listed', 'ConstrainedOptimizer', 'solve', 'SkipNonFinite', 'check_optimizer']
+__all__ = ['RULES', 'INNER', 'check_numbers', 'check_choice', 'is_finite', 'check_finite', 'Descent', 'Ascent', 'spoiled',
+           'masked', 'plain', 'Multipliers', 'listed', 'ConstrainedOptimizer', 'solve', 'SkipNonFinite',
+           'check_optimizer']
 
 # %% ../nbs/04_optimizer.ipynb #77a225b1
 def check_numbers(
@@ -182,6 +183,11 @@ class _Finite:
         check_finite(**tensors)
         return None
 
+    def finite_now(self, **tensors: Tensor) -> None:
+        "Refuse non-finite values at once, on a device too"
+        if self.finite(**tensors) is not None:
+            self.check()
+
     def check(self) -> None:
         "Raise if a non-finite value was masked since the last check; reads one flag back"
         if self._failed.item():
@@ -189,6 +195,23 @@ class _Finite:
             raise FloatingPointError("expected finite values, got NaN or infinity since the last check: "
                                      "they were left out; look at the batches, lower the step sizes or "
                                      "clip the gradient")
+
+# %% ../nbs/04_optimizer.ipynb #702e405a
+def spoiled(
+    L: Tensor,         # A scalar with a graph
+    ok: Tensor | None  # Whether it may be used; None for yes
+) -> Tensor:
+    "The scalar, or NaN with NaN for its gradient where it was refused on the device"
+    return L if ok is None else L * torch.where(ok, 1., math.nan).to(L)
+
+class _FiniteScalar:
+    "The same for the scalar of `lagrangian`"
+    def finite_scalar(self, L: Tensor, f: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor | None]:
+        "L, and whether all that it was made of is finite; `None` for yes"
+        if not self.deferred and math.isfinite(L.item()) and is_finite(c2):
+            return L, None
+        ok = self.finite(f=f, c1=c1, c2=c2, L=L)
+        return spoiled(L, ok), ok
 
 # %% ../nbs/04_optimizer.ipynb #ff531cc2
 class _FiniteGradients:
@@ -391,9 +414,13 @@ class _Descend:
             return loss
         once = lambda: (evaluate(), optimizer.step())[0]
         loss = once() if closure is None else self.evaluated_again(optimizer, evaluate)
+        self.keep_in_set()
+        return loss
+
+    def keep_in_set(self) -> None:
+        "x ← proj_X(x)"
         if self.project is not None:                       # what is frozen takes its place in the list as a copy
             self.project([p if p.requires_grad else p.clone() for g in self.param_groups for p in g["params"]])
-        return loss
 
     def apply(self, force: Callable | None) -> None:
         "Check all gradients, then add the method's force; on a device, gradients that are refused become zero"
@@ -458,8 +485,9 @@ def listed(params: Iterable) -> list:
     return params
 
 # %% ../nbs/04_optimizer.ipynb #284f7bed
-class ConstrainedOptimizer(_Values, _Mask, _Losses, _Finite, _FiniteGradients, _State, _StateCheck, _Copies,
-                           _Groups, _LateGroups, _Smooth, _Again, _Descend, _Shown, torch.optim.Optimizer):
+class ConstrainedOptimizer(_Values, _Mask, _Losses, _Finite, _FiniteScalar, _FiniteGradients, _State,
+                           _StateCheck, _Copies, _Groups, _LateGroups, _Smooth, _Again, _Descend, _Shown,
+                           torch.optim.Optimizer):
     "Base of every algorithm: torch optimizers for the weights, and vectors of shape (m,) for the constraints"
     saved: tuple[str, ...] = ()           # attributes that a state dict carries
     knobs: tuple[str, ...] = ()           # attributes that its repr shows; `saved` if there are none
@@ -1019,7 +1047,7 @@ def _refuses_settings(make):
 
 # %% ../nbs/04_optimizer.ipynb #4bfd50c8
 def _told(model: _Model, part: str) -> bool:
-    "Whether a NaN in the values, the loss or the gradient is told, in a step or by `check` after it"
+    "Whether a NaN in c0, f or the gradient, or -inf in c2, is told, in a step or by `check` after it"
     f, c0, c1, c2 = model.terms(3)
     nan = lambda name: math.nan if name == part else 1.
     try:
@@ -1029,7 +1057,7 @@ def _told(model: _Model, part: str) -> bool:
             return False
         model.opt.zero_grad()
         model.opt.dual_step(c0 * nan("c0"))
-        model.opt.lagrangian(f * nan("f"), c1, c2).backward()
+        model.opt.lagrangian(f * nan("f"), c1, c2 - (math.inf if part == "c2" else 0.)).backward()
         if part != "c0":
             model.w.grad.mul_(nan("gradient"))
             model.opt.step()
@@ -1045,10 +1073,10 @@ def _defers(make):
     a, b = _Model(make), _Model(make)
     b.opt.deferred = True
     require(same(a.run(0, 1, 2).state(), b.run(0, 1, 2).state()), "the steps with deferred=True differ")
-    for part in ("c0", "f", "gradient"):
+    for part in ("c0", "f", "gradient") if b.opt.draws_itself else ("c0", "f", "c2", "gradient"):
         w = b.w.detach().clone()
-        require(_told(b, part), f"a NaN in {part} was not told")
-        require(part != "gradient" or torch.equal(b.w, w), f"a NaN in {part} changed the weights")
+        require(_told(b, part), f"a NaN or infinity in {part} was not told")
+        require(part not in ("c2", "gradient") or torch.equal(b.w, w), f"{part} was refused, but changed the weights")
         numbers = [t for t in leaves(b.state()) if isinstance(t, Tensor)]
         require(not any(bool(t.isnan().any()) for t in numbers), f"a NaN in {part} was kept")
 

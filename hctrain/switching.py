@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .optimizer import ConstrainedOptimizer, Descent, check_choice, check_numbers, masked
+from .optimizer import ConstrainedOptimizer, Descent, check_choice, check_numbers, masked, spoiled
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'SwitchingSubgradient']
@@ -65,11 +65,6 @@ class _Branchless:
             raise ValueError("expected plain parameters, lr > 0 and output='last' with branchless=True, got others: "
                              "leave branchless out")
         return possible and self.deferred if wanted is None else bool(wanted)
-
-    def finite_now(self, **tensors: Tensor) -> None:
-        "Refuse non-finite values at once, on a device too: the branch is read back anyway"
-        if self.finite(**tensors) is not None:
-            self.check()
 
     def rescale(self, g: dict, x: list[Tensor], grads: list[Tensor], ok: Tensor | None) -> None:
         "G ← G η_c / η_f where the constraint was chosen, for one step with η_f (a group with η_f = 0 stays)"
@@ -154,9 +149,9 @@ class SwitchingSubgradient(_SecondOptimizer, _Branchless, _RandomIterate, Constr
         f = self.scalar(f() if callable(f) else f).to(self.dtype) if use_f or not callable(f) else None
         c1 = self.values("c1", c1() if callable(c1) else c1, graph=True) if use_c or not callable(c1) else None
         c2 = None if c2 is None else self.values("c2", c2)
-        self.finite(**{name: t for name, t in (("f", f), ("c1", c1), ("c2", c2)) if t is not None})
+        ok = self.finite(**{name: t for name, t in (("f", f), ("c1", c1), ("c2", c2)) if t is not None})
         c1 = c1.gather(0, self.i[None]).squeeze(0) if use_c else None             # c_i(x, ζ)
-        return torch.where(self.violated, c1, f) if self.branchless else c1 if self.violated else f
+        return spoiled(torch.where(self.violated, c1, f) if self.branchless else c1 if self.violated else f, ok)
 
     @torch.no_grad()
     def step(self, closure=None):
