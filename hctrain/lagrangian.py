@@ -13,7 +13,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .optimizer import Ascent, ConstrainedOptimizer, Multipliers, check_choice, check_numbers, is_finite
+from .optimizer import Ascent, ConstrainedOptimizer, Multipliers, check_choice, check_numbers
 
 # %% auto #0
 __all__ = ['STARTS', 'FORMS', 'SAFEGUARDS', 'PI', 'PIAscent', 'Lagrangian']
@@ -94,6 +94,11 @@ class _Memory:
     def dual_state(self, state: dict) -> None:
         self.dual.load_state_dict(state)
 
+    @property
+    def gains(self) -> str:
+        "The gains in words"
+        return " ".join(f"{k}={self.dual.param_groups[0][k]:g}" for k in ("kp", "ki", "nu"))
+
     def memory(self) -> list[Tensor]:
         "All that `dual_step` moves"
         return [self.y, self.seen, *self.dual.state[self.y].values()]
@@ -107,7 +112,8 @@ class _Memory:
 class Lagrangian(_Memory, Multipliers, ConstrainedOptimizer):
     "Descent in x and controlled ascent in y on the plain or augmented Lagrangian"
     saved = ("y", "seen", "low", "dual_state", "rho", "form", "track", "safeguard", "dual_bound")
-    knobs, claims = ("dual_lr", *saved[4:]), frozenset({"equality", "multipliers", "optimizer"})
+    knobs = ("dual_lr", "gains", "rho", "form", "track", "safeguard", "dual_bound")
+    claims = frozenset({"equality", "multipliers", "optimizer"})
     def __init__(self,
         params: Iterable | torch.optim.Optimizer,  # Parameters, parameter groups, or a torch optimizer, for x
         m: int,                                    # Number of constraints
@@ -147,9 +153,7 @@ class Lagrangian(_Memory, Multipliers, ConstrainedOptimizer):
         f, c1, c2 = self.terms(f, c1, c2)
         p = self.rho * torch.add((1 - self.track) * self.seen, c2, alpha=self.track)
         L = f + FORMS[self.form](self.y, p, self.low) @ c1                              # (3)
-        if self.deferred or not (math.isfinite(L.item()) and is_finite(c2)):
-            self.finite(f=f, c1=c1, c2=c2, L=L)
-        return L
+        return self.finite_scalar(L, f, c1, c2)[0]
 
     @torch.no_grad()
     def step(self, closure=None):

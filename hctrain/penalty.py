@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .optimizer import ConstrainedOptimizer, check_choice, check_numbers, is_finite
+from .optimizer import ConstrainedOptimizer, check_choice, check_numbers
 
 # %% auto #0
 __all__ = ['PENALTIES', 'BARRIERS', 'P_RULES', 'Penalty', 'SmoothedPenalty', 'PenaltyBarrier']
@@ -39,7 +39,15 @@ def _check_range(low: float, high: float, **numbers: float) -> None:
     check_numbers(**numbers)
     for name, v in numbers.items():
         if not low <= v <= high:
-            raise ValueError(f"expected {name} in [{low:g}, {high:g}], got {v!r}: pass a number of that range")
+            raise ValueError(f"expected {name} in [{low:g}, {high:g}{')' if high == math.inf else ']'}, got {v!r}: "
+                             "pass a number of that range")
+
+def _check_whole(low: int, **numbers: int) -> None:
+    "Refuse a count that is not whole, or too small"
+    _check_range(low, math.inf, **numbers)
+    for name, v in numbers.items():
+        if v % 1:
+            raise ValueError(f"expected {name} as a whole number of steps, got {v!r}: pass an int")
 
 def _put(t: Tensor, new: Tensor, ok: Tensor | None) -> None:
     "t ← new, unless it was refused on the device"
@@ -51,11 +59,8 @@ class _Weighted:
     def lagrangian(self, f, c1, c2=None):
         "Scalar with the gradient ∇f + ∇c(x, ζ₁)ᵀ w; `c2=None` takes the values of `c1`"
         f, c1, c2 = self.terms(f, c1, c2)
-        w, ok = self.weights(c2), None
-        L = f + w @ c1
-        if self.deferred or not (math.isfinite(L.item()) and is_finite(c2)):
-            ok = self.finite(f=f, c1=c1, c2=c2, L=L)
-            L = torch.where(ok, L, math.nan)                                      # on a device: no gradient
+        w = self.weights(c2)
+        L, ok = self.finite_scalar(f + w @ c1, f, c1, c2)
         _put(self.w, w, ok)
         return L
 
@@ -105,14 +110,15 @@ class _Growth:
               equality: Tensor | None) -> None:
         "Check the settings and make the vectors"
         check_numbers(rho=rho, rho_max=rho_max, tol=tol)
-        _check_range(1, math.inf, growth=growth, every=every)
+        _check_range(1, math.inf, growth=growth)
+        _check_whole(1, every=every)
         _check_range(0, 1, gamma=gamma)
         self.growth, self.every, self.rho_max, self.tol, self.gamma = growth, every, rho_max, tol, gamma
         self.equality, self.k = self.mask(equality), 0
         self.rho, self.u, self.last, self.w = self.zeros() + rho, self.zeros(), self.zeros() + math.inf, self.zeros()
 
     def grow(self) -> None:
-        "ρ ← min(κ ρ, ρ_max) where the tracked violation is above `tol` and has not fallen by a tenth"
+        "ρ ← max(ρ, min(κ ρ, ρ_max)) where the tracked violation is above `tol` and has not fallen by a tenth"
         v = self.sides(lambda u: u.clamp(min=0), self.u).abs()
         high = torch.maximum(self.rho, (self.growth * self.rho).clamp(max=self.rho_max))
         self.rho.copy_(torch.where((v > self.tol) & (v > .9 * self.last), high, self.rho))
@@ -215,7 +221,7 @@ class PenaltyBarrier(_Epochs, _Weighted, ConstrainedOptimizer):
     ):
         super().__init__(params, m, lr, project, mu=mu, beta=beta)
         _check_range(0, 1, gamma=gamma, shrink=shrink)
-        check_numbers(epoch=epoch)
+        _check_whole(0, epoch=epoch)
         self.barrier, self.p_rule = check_choice("barrier", barrier, BARRIERS), check_choice("p_rule", p_rule, P_RULES)
         self.gamma, self.shrink, self.epoch, self.k = gamma, shrink, epoch, 0
         self.y_range, self.p_range = self.positive_range("y_range", y_range), self.positive_range("p_range", p_range)

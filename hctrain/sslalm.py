@@ -5,22 +5,13 @@
 # %% ../nbs/05_sslalm.ipynb #5439f384
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hctrain.optimizer import (
-    Ascent,
-    ConstrainedOptimizer,
-    Multipliers,
-    check_choice,
-    check_numbers,
-    is_finite,
-    masked,
-)
+from .optimizer import Ascent, ConstrainedOptimizer, Multipliers, check_choice, check_numbers, masked
 
 # %% auto #0
 __all__ = ['EQUALITY', 'INEQUALITIES', 'Inequality', 'SSLALM']
@@ -126,8 +117,7 @@ class SSLALM(_Form, _Slack, Multipliers, ConstrainedOptimizer):
         r = self.form("residual", c2, self.s)
         w = self.form("weight", torch.add(self.y, r, alpha=self.rho), c1)         # y + ρ c(x, ζ₂)
         L = f + (weighted := w @ c1)                                              # (2)
-        if self.deferred or not (math.isfinite(L.item()) and (self.inequality == "slack" or is_finite(c2))):
-            self.finite(f=f, c1=c1, c2=c2, L=L)
+        L, _ = self.finite_scalar(L, f, c1, c2)
         self.weights.append((w, weighted.grad_fn))                                # the gradient in s, for `step`
         return L
 
