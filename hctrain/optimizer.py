@@ -128,7 +128,7 @@ class _Values:
                             "torch.stack the values")
         if c.shape != (self.m,):
             raise ValueError(f"expected {name} of shape ({self.m},), got {tuple(c.shape)}: pass one value a constraint")
-        if not c.is_floating_point() or torch.promote_types(c.dtype, self.dtype) != self.dtype:
+        if c.dtype != self.dtype and not self.holds(c.dtype):
             raise TypeError(f"expected {name} of a float type that {self.dtype} holds, got {c.dtype}: convert it")
         if c.device != self.device:
             raise ValueError(f"expected {name} on {self.device}, got {c.device}: "
@@ -137,6 +137,10 @@ class _Values:
             raise ValueError(f"expected {name} with a graph, got a detached tensor: "
                              "compute it from the model outside no_grad")
         return c.to(self.dtype)
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        "Whether it is a float type that goes into the optimizer's without loss"
+        return dtype.is_floating_point and torch.promote_types(dtype, self.dtype) == self.dtype
 
 # %% ../nbs/04_optimizer.ipynb #d0ce4a67
 class _Mask:
@@ -210,7 +214,7 @@ class _FiniteScalar:
     "The same for the scalar of `lagrangian`"
     def finite_scalar(self, L: Tensor, f: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor | None]:
         "L, and whether all that it was made of is finite; `None` for yes"
-        if not self.deferred and math.isfinite(L.item()) and is_finite(c2):
+        if not self.deferred and math.isfinite(L.item()) and (c2.is_set_to(c1) or is_finite(c2)):
             return L, None
         ok = self.finite(f=f, c1=c1, c2=c2, L=L)
         return spoiled(L, ok), ok
@@ -360,8 +364,8 @@ class _Groups:
     def groups(self) -> Iterator[tuple[dict, list[Tensor], list[Tensor]]]:
         "Each group with its tensors that have a gradient, and the gradients"
         for g in self.param_groups:
-            if x := [p for p in g["params"] if p.grad is not None]:
-                yield g, x, [p.grad for p in x]
+            if pairs := [(p, grad) for p in g["params"] if (grad := p.grad) is not None]:
+                yield g, [p for p, _ in pairs], [grad for _, grad in pairs]
 
 # %% ../nbs/04_optimizer.ipynb #3c3a86c3
 class _Watched:
@@ -425,7 +429,7 @@ class _Smooth:
             d = z if closure is None and ok is None else [t.clone() for t in z]
             torch._foreach_sub_(d, x)
             torch._foreach_add_(grads, d, alpha=-g["mu"])                     # G ← G + μ (x − z)
-            torch._foreach_mul_(d, 1 - g["beta"])
+            torch._foreach_add_(d, d, alpha=-g["beta"])
             torch._foreach_add_(d, x)                                         # z ← x + (1 − β)(z − x)
             if d is not z:
                 waiting.setdefault(id(g), (z, d, ok))

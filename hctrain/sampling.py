@@ -136,6 +136,11 @@ class Draws:
         self.t += 1
         return self._rows[i, :width] if self._made[1] > n else self._rows[i]
 
+    def rows_ahead(self, n: int, most: int) -> Tensor:
+        "Row numbers of at most so many next draws of the first n streams, shape (draws, n * G * k); the position stays"
+        i = self._make(n)
+        return self._rows[i:i + most, :n * self.table.size]
+
     def joined_rows(self, n: int) -> Tensor:
         "Row numbers of the next n batches of the first stream, one after the other, shape (n * G * k,)"
         if self.t % self._block + n <= self._block:
@@ -230,8 +235,46 @@ def _checked(x: Tensor, y: Tensor, g: Tensor) -> Batch:
             raise ValueError(f"expected finite values in {name}, got NaN or infinity: drop or fill the rows without")
     return Batch(x.detach(), y, g.detach())
 
+# %% ../nbs/02_sampling.ipynb #22604d34
+class _Ahead(Draws):
+    "Batches gathered some draws ahead"
+    cache = 2**18             # bytes of features that are gathered at a time
+    _ahead = 0, 0, 0, (), []  # draws t0 to t1 - 1 of n streams, from these versions of the data: their batches
+    def next_batches(self, n: int) -> list[Batch]:
+        "The next batch of each of the first n streams"
+        t0, t1, made, seen, batches = self._ahead
+        if not t0 <= self.t < t1 or n > made or seen != self._versions():
+            t0, t1, made, seen, batches = self._ahead = self._gather(n)
+        i = (self.t - t0) * made
+        self.t += 1
+        return batches[i:i + n]
+
+    def _versions(self) -> tuple[int, ...]:
+        "Others after a write into the data"
+        return tuple(0 if t.is_inference() else t._version for t in self.data)
+
+    @torch.inference_mode(False)
+    def _gather(self, n: int) -> tuple:
+        "The next draws of n streams, what was gathered for them, and from what"
+        x, size = self.data.x, self.table.size
+        draw = n * size * x[:1].numel() * x.element_size()
+        rows = self.rows_ahead(n, 1 + self.cache // max(1, draw))
+        fields = [t.index_select(0, rows.reshape(-1)).view(-1, size, *t.shape[1:]).unbind() for t in self.data[:2]]
+        codes = self._codes(rows.reshape(-1), len(fields[0]))
+        batches = [Batch(x.data, y.data, g) for x, y, g in zip(*fields, codes, strict=True)]
+        return self.t, self.t + len(rows), n, self._versions(), batches
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Go to a saved position"
+        super().load_state_dict(state)
+        self._ahead = _Ahead._ahead
+
+    def __getstate__(self) -> dict[str, Any]:
+        "For copies and pickles, which gather for themselves and make codes of their own"
+        return {**self.__dict__, "_g": None, "_ahead": _Ahead._ahead}
+
 # %% ../nbs/02_sampling.ipynb #b9747a90
-class Streams(Draws):
+class Streams(_Ahead):
     "Independent streams of balanced batches from tensors in memory: `for xi, z0, z1, z2 in streams`"
     _g: Tensor | None = None  # group codes that all balanced batches share
     def __init__(self,
@@ -255,9 +298,7 @@ class Streams(Draws):
         if self._g is not None and self._g._version:
             raise ValueError("expected the group codes of a balanced batch as drawn, got them changed in place: "
                              "clone batch.g before writing into it, since all batches share it")
-        rows = self.next_rows(k)
-        x, y = (t.index_select(0, rows).view(k, self.table.size, *t.shape[1:]).unbind() for t in self.data[:2])
-        return [Batch(*b) for b in zip(x, y, self._codes(rows, k), strict=True)]
+        return self.next_batches(k)
 
     def join(self, sizes: Sequence[int]) -> list[Batch]:
         "For each n of `sizes` the next n batches of the first stream as one; every stream moves on by their sum"
@@ -280,10 +321,6 @@ class Streams(Draws):
                 self._g = torch.arange(self.n_groups, device=self.device).repeat_interleave(self.per_group)
             self._g.comes_again = True  # `RateGap` may keep what it knows of it
         return [self._g] * k
-
-    def __getstate__(self) -> dict[str, Any]:
-        "For copies and pickles, which make codes of their own"
-        return {**self.__dict__, "_g": None}
 
     def __iter__(self) -> Iterator[list[Batch]]:
         "Draws without end"
