@@ -262,7 +262,7 @@ class _SharedCodes:
 
 class _Ahead(_SharedCodes, Draws):
     "Batches gathered some draws ahead"
-    cache = 2**18             # bytes of features that are gathered at a time
+    cache = 2**20             # bytes of features that are gathered at a time
     _ahead = 0, 0, 0, (), []  # draws t0 to t1 - 1 of n streams, from these versions of the data: their batches
     def next_batches(self, n: int) -> list[Batch]:
         "The next batch of each of the first n streams"
