@@ -66,8 +66,8 @@ class _Branchless:
         "Whether the branch stays on the device"
         possible = self.plain and self.ratio is not None and self.output == "last"
         if wanted and not possible:
-            raise ValueError("expected plain parameters, lr > 0 and output='last' with branchless=True, got others: "
-                             "leave branchless out")
+            raise ValueError("expected plain parameters, lr > 0 and output='last' where no branch is read back, "
+                             "got others: leave branchless out, and train with compiled=False")
         return possible and self.deferred if wanted is None else bool(wanted)
 
     def defer(self, wanted: bool = True) -> None:
