@@ -250,6 +250,7 @@ class _Making:
         inputs = [t for t in leaves_of(batches) if not is_constant(t)]
         return recording, compile_recording(recording, inputs) if self.compiled else recording.graph
 
+# %% ../nbs/19_replay.ipynb #616455d5
 def place_of(e: Exception) -> str:
     "The last line of an error's way that is neither torch's nor the recorder's"
     inside = ("__torch_function__", "_call", "_each")
