@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Rates', 'flat_logits', 'readable', 'binary_labels', 'check_codes', 'group_sum', 'hard_decision', 'positive_rate',
-           'true_positive_rate', 'false_positive_rate', 'accuracy', 'loss_rate', 'smoothed_step', 'Sharpened',
-           'reference_rate', 'Carry', 'GroupWeights', 'GapMatrix', 'RateGap', 'MeanGap', 'Proxy', 'true_values',
-           'WeightedBCE', 'fairret_rate']
+__all__ = ['unread', 'Rates', 'flat_logits', 'readable', 'binary_labels', 'check_codes', 'group_sum', 'hard_decision',
+           'positive_rate', 'true_positive_rate', 'false_positive_rate', 'accuracy', 'loss_rate', 'smoothed_step',
+           'Sharpened', 'reference_rate', 'Carry', 'GroupWeights', 'GapMatrix', 'RateGap', 'MeanGap', 'Proxy',
+           'true_values', 'WeightedBCE', 'fairret_rate']
 
 # %% ../nbs/01_constraints.ipynb #2715fc0f
 class Rates(NamedTuple):
@@ -69,9 +69,12 @@ def _wrapped(t: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
+unread: list = []  # what is being recorded (chapter 19): while it is not empty, no tensor may be read back
+
+
 def readable(t: Tensor) -> bool:
-    "Whether a check may read `t` back: on the CPU, in eager mode, outside `torch.func` transforms"
-    return t.is_cpu and not torch.compiler.is_compiling() and not _wrapped(t)
+    "Whether a check may read `t` back: on the CPU, in eager mode, outside `torch.func` transforms and recordings"
+    return t.is_cpu and not unread and not torch.compiler.is_compiling() and not _wrapped(t)
 
 # %% ../nbs/01_constraints.ipynb #214842b7
 def binary_labels(

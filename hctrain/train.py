@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .constraints import readable, true_values
 from .ghost import LinearRows
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, check_finite
+from .replay import Replay
 
 # %% auto #0
 __all__ = ['outputs', 'rows_are_independent', 'plain_step', 'one_draw_step', 'two_draw_step', 'three_draw_step', 'lazy_step',
@@ -429,11 +430,14 @@ class Run:
     interrupted: bool  # Whether Ctrl-C was pressed
     finished: bool   # False after Ctrl-C
     skipped: int = 0   # Steps left out for a non-finite value
+    compiling: float = 0.  # Seconds that compiling the step took, not among those of training
 
     def __repr__(self) -> str:
         state = "finished" if self.finished else "interrupted; train again with resume=True to go on"
         left_out = f" ({self.skipped:,} left out)" if self.skipped else ""
-        return f"Run({self.step:,} steps{left_out} in {self.seconds:.1f} s, {len(self.record)} evaluations, {state})"
+        compiled = f" after {self.compiling:.1f} s of compiling" if self.compiling else ""
+        return (f"Run({self.step:,} steps{left_out} in {self.seconds:.1f} s{compiled}, {len(self.record)} evaluations, "
+                f"{state})")
 
 # %% ../nbs/21_train.ipynb #9fbd1dc9
 class _Due:
@@ -550,6 +554,20 @@ def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules):
     if two_schedules:
         raise ValueError("expected schedulers or anneal=True, got both: each would undo what the other sets")
 
+# %% ../nbs/21_train.ipynb #9f4eaa9c
+def teller(model: nn.Module, opt: torch.optim.Optimizer, skipping: SkipNonFinite | None, replay: Replay | None):
+    "What is done before each look: counters come back from a recording, and what was masked is told"
+    def told():
+        if replay:
+            replay.settle()
+        if skipping:
+            skipping.check()
+        elif hasattr(opt, "check"):
+            opt.check()
+        elif replay:
+            check_finite(weights=torch.cat([p.detach().flatten() for p in model.parameters()]))
+    return told
+
 # %% ../nbs/21_train.ipynb #abadd028
 def train(
     model: nn.Module,               # The network, in the mode it should be trained in
@@ -566,6 +584,7 @@ def train(
     evaluations: int = 20,                   # How often, evenly spread, besides at the start
     schedulers: Sequence = (),               # Learning-rate schedulers, stepped after each step
     anneal: bool = False,                    # Let the steps of the weights fall to 0 over the budget, in a line
+    compiled: bool = False,                  # Record and compile the step: seconds once, then a quarter of its time
     checkpoint: str | Path | None = None,    # File written at each evaluation and after Ctrl-C
     resume: bool = False,                    # Go on from that file
     nonfinite: str = "raise",                # What a NaN does; `"skip"` leaves that step out and counts it
@@ -588,7 +607,8 @@ def train(
     saved = None if checkpoint is None else Checkpoint(checkpoint, **kept)
     step, past, record = saved.load() if resume else (0, 0., Record())
     clock, bar = Clock(past), Progress(progress)
-    told = getattr(opt, "check", lambda: None) if attempt is not skipping else skipping.check
+    replay = Replay(do_step, first=max(0, 2 - step), pause=clock.paused) if compiled else None
+    do_step, told = replay or do_step, teller(model, opt, skipping if attempt is skipping else None, replay)
     run = _Looks(record, budget, clock, getattr(streams, "batches_per_epoch", 1), told, evaluate, saved, bar)
     try:
         with interruptible() as pressed:
@@ -608,4 +628,6 @@ def train(
                 run.save(step)
     finally:
         bar.close()
-    return Run(record, step, clock(), pressed(), spent >= 1, skipping.count)
+        if replay:
+            replay.close()
+    return Run(record, step, clock(), pressed(), spent >= 1, skipping.count, replay.seconds if replay else 0.)
