@@ -208,7 +208,7 @@ class Record:
 
     def add(self, step: int, seconds: float, values: dict) -> None:
         "Append an evaluation: numbers, or vectors of them"
-        row = {k: v.tolist() if isinstance(v, (Tensor, np.ndarray, np.generic)) else v for k, v in values.items()}
+        row = _plain_values(values)
         if self.rows and row.keys() != (names := self.rows[0].keys() - {"step"}):
             raise ValueError(f"expected the measurements {sorted(names)}, got {sorted(row)}: "
                              "return the same names each time")
@@ -232,6 +232,13 @@ class Record:
         write_atomically(Path(folder) / "seconds.csv", _csv({"step": self["step"], "seconds": self["seconds"]}))
 
 # %% ../nbs/21_train.ipynb #3206e92b
+def _plain_values(values: Mapping) -> dict:
+    "What was measured, with Python's own numbers and lists"
+    if not isinstance(values, Mapping):
+        raise TypeError(f"expected numbers by name from evaluate(), got {values!r}: return a dict such as "
+                        "{'loss': 0.5}")
+    return {k: v.tolist() if isinstance(v, (Tensor, np.ndarray, np.generic)) else v for k, v in values.items()}
+
 def _spread(name: str, column: np.ndarray) -> dict[str, np.ndarray]:
     "A column of numbers under its name, one of vectors as name[0], name[1], ..."
     return {name: column} if column.ndim == 1 else {f"{name}[{i}]": c for i, c in enumerate(column.T)}
@@ -500,6 +507,37 @@ class Anneal:
         "Take them back"
         self.lr = list(state["lr"])
 
+# %% ../nbs/21_train.ipynb #f3dc39c4
+def _check_kinds(model, opt, loss, evaluate, schedulers, anneal):
+    "Refuse arguments of another kind"
+    for wanted, value, good, todo in (
+            ("model as a torch module", model, isinstance(model, nn.Module), "pass the network itself"),
+            ("opt as an optimizer", opt, isinstance(opt, torch.optim.Optimizer), "make it of model.parameters() first"),
+            ("loss as a function", loss, callable(loss), "pass loss(out, batch)"),
+            ("evaluate as a function", evaluate, evaluate is None or callable(evaluate), "pass one without arguments"),
+            ("anneal as True or False", anneal, isinstance(anneal, bool), "choose one")):
+        if not good:
+            raise TypeError(f"expected {wanted}, got {value!r}: {todo}")
+    if not isinstance(schedulers, (list, tuple)) or not all(hasattr(s, "step") for s in schedulers):
+        raise TypeError(f"expected schedulers as a list of objects with step(), got {schedulers!r}: "
+                        "pass [scheduler], even for one")
+
+# %% ../nbs/21_train.ipynb #85e2b56a
+def _check_same_weights(model, opt):
+    "Refuse an optimizer that has none of the network's weights"
+    mine = {id(p) for p in model.parameters()}
+    if not any(id(p) in mine for g in opt.param_groups for p in g["params"]):
+        raise ValueError(f"expected {type(opt).__name__} on the parameters of this model, got one on others: "
+                         "make it of model.parameters(), after any copy of the model")
+
+def _check_own_parts(parts):
+    "Refuse parts that a checkpoint could not keep, or would keep in place of what `train` keeps itself"
+    if not isinstance(parts, Mapping) or not all(hasattr(p, "load_state_dict") for p in parts.values()):
+        raise TypeError("expected parts by name with state_dict and load_state_dict, "
+                        f"got {parts!r}: pass a dict of them")
+    if taken := [k for k in parts if k in ("model", "opt", "streams", "gaps", "skip") or k.startswith("scheduler")]:
+        raise ValueError(f"expected parts with names of their own, got {taken[0]!r}: train keeps that itself")
+
 # %% ../nbs/21_train.ipynb #3f0d02a4
 def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules):
     "Refuse parts that do not go together"
@@ -554,6 +592,9 @@ def train(
     progress: bool | str = True              # Show a bar; a string is its title
 ) -> Run:
     "Train until the budget is used up or Ctrl-C is pressed"
+    _check_kinds(model, opt, loss, evaluate, schedulers, anneal)
+    _check_same_weights(model, opt)
+    _check_own_parts(parts := parts or {})
     budget, do_step = Budget(steps, seconds, epochs, evaluations), choose_step(opt, draws)
     joint = rows_are_independent(model)
     _check_parts(opt, gaps, streams, resume, checkpoint, anneal and schedulers)
@@ -561,7 +602,7 @@ def train(
     attempt = skipping if check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip" else nullcontext()
     used = [0.]                                            # the share of the budget
     schedulers = [*schedulers, *[Anneal(opt, used)] * anneal]
-    kept = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": skipping, **(parts or {})}
+    kept = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": skipping, **parts}
     kept |= {f"scheduler{i}": s for i, s in enumerate(schedulers)}
     saved = None if checkpoint is None else Checkpoint(checkpoint, **kept)
     step, past, record = saved.load() if resume else (0, 0., Record())
