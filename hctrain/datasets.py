@@ -260,7 +260,7 @@ def _asked(name, protected, test_size) -> tuple[Source, str]:
         raise ValueError(f"expected test_size between 0 and 1, got {test_size!r}")
     return SOURCES[name], protected or next(iter(columns))
 
-
+# %% ../nbs/36_datasets.ipynb #0a0f010f
 def _rows(
     source: Source,    # What is loaded
     parts: list[dict], # Columns of each file
