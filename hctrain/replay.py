@@ -138,6 +138,7 @@ def nothing_changes(state: list[Tensor], places: list[dict]):
                     t.copy_(old)
                     t.grad = None
 
+# %% ../nbs/19_replay.ipynb #c3d7119d
 @contextmanager
 def unreadable(opt: torch.optim.Optimizer):
     "Nothing may be read back: checks of values wait"
@@ -249,12 +250,28 @@ class _Making:
         inputs = [t for t in leaves_of(batches) if not is_constant(t)]
         return recording, compile_recording(recording, inputs) if self.compiled else recording.graph
 
+# %% ../nbs/19_replay.ipynb #616455d5
 def place_of(e: Exception) -> str:
     "The last line of an error's way that is neither torch's nor the recorder's"
     inside = ("__torch_function__", "_call", "_each")
     lines = [f for f in traceback.extract_tb(e.__traceback__)
              if "torch" not in Path(f.filename).parts and f.name not in inside]
     return f"{Path(lines[-1].filename).name}, line {lines[-1].lineno}: {lines[-1].line}"
+
+# %% ../nbs/19_replay.ipynb #c144dc23
+class _Switching:
+    "One recording for each shape of batches"
+    def switch(self, key, model, opt, loss, gaps, batches, joint) -> None:
+        "Take the recording for batches of these shapes, and make it if it is new"
+        self.settle()
+        if key not in self.made:
+            begin = time.perf_counter()
+            with self.pause():
+                self.made[key] = self.make(model, opt, loss, gaps, batches, joint)
+            self.seconds += time.perf_counter() - begin
+        self.key, (self.recording, self.run) = key, self.made[key]
+        self.arguments = self.recording.arguments([])
+        self.load()
 
 # %% ../nbs/19_replay.ipynb #524d4d00
 class _Numbers:
@@ -280,7 +297,7 @@ class _Numbers:
             d[k] = d[k].fill_(v) if isinstance(d[k], Tensor) else type(d[k])(v)
 
 # %% ../nbs/19_replay.ipynb #ad6a6ea8
-class Replay(_Making, _Numbers):
+class Replay(_Making, _Switching, _Numbers):
     "In place of a step: made as written at first, then recorded, compiled and replayed"
     def __init__(self,
         do_step: Callable,     # `do_step(model, opt, loss, gaps, streams, joint)`, which draws its batches first
@@ -306,18 +323,6 @@ class Replay(_Making, _Numbers):
         self.read()
         with torch.no_grad():
             self.run(*self.arguments, *(t for t in parts if not is_constant(t)))
-
-    def switch(self, key, model, opt, loss, gaps, batches, joint) -> None:
-        "Take the recording for batches of these shapes, and make it if it is new"
-        self.settle()
-        if key not in self.made:
-            begin = time.perf_counter()
-            with self.pause():
-                self.made[key] = self.make(model, opt, loss, gaps, batches, joint)
-            self.seconds += time.perf_counter() - begin
-        self.key, (self.recording, self.run) = key, self.made[key]
-        self.arguments = self.recording.arguments([])
-        self.load()
 
     def close(self) -> None:
         "Bring the numbers back, and let refusals come at once again"
