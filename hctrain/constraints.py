@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ['unread', 'Rates', 'flat_logits', 'readable', 'binary_labels', 'check_codes', 'group_sum', 'hard_decision',
            'positive_rate', 'true_positive_rate', 'false_positive_rate', 'accuracy', 'loss_rate', 'smoothed_step',
            'Sharpened', 'reference_rate', 'Carry', 'GroupWeights', 'GapMatrix', 'RateGap', 'MeanGap', 'Proxy',
-           'true_values', 'WeightedBCE', 'fairret_rate']
+           'true_values', 'AllOf', 'WeightedBCE', 'fairret_rate']
 
 # %% ../nbs/01_constraints.ipynb #2715fc0f
 class Rates(NamedTuple):
@@ -75,6 +75,11 @@ unread: list = []  # what is being recorded (chapter 19): while it is not empty,
 def readable(t: Tensor) -> bool:
     "Whether a check may read `t` back: on the CPU, in eager mode, outside `torch.func` transforms and recordings"
     return t.is_cpu and not unread and not torch.compiler.is_compiling() and not _wrapped(t)
+
+
+def _comes_again(g: Tensor, t: Tensor) -> bool:
+    "Whether what is known of the codes `g` may be kept: they are marked, and the step with `t` is a plain one"
+    return getattr(g, "comes_again", False) and not torch.compiler.is_compiling() and not _wrapped(t)
 
 # %% ../nbs/01_constraints.ipynb #214842b7
 def binary_labels(
@@ -331,11 +336,22 @@ class GroupWeights:
         n_groups: int | None = None,        # Number of groups, where it is known
     ):
         self.exact = self.cast = weight_vector(weights, n_groups)
+        self.codes, self.version, self.kept = None, -1, None
 
     def __call__(self, t: Tensor) -> Tensor:
         if self.cast.dtype != t.dtype or self.cast.device != t.device:
             self.cast = self.exact.to(t)
         return self.cast
+
+    def rows(self, g: Tensor, t: Tensor) -> Tensor:
+        "The weight of each row, shape (n,); kept for codes that come again"
+        if g is self.codes and g._version == self.version and self.kept.dtype == t.dtype and g.shape == t.shape:
+            return self.kept
+        check_codes(g, t)
+        rows = self(t).index_select(0, g)
+        if _comes_again(g, t):
+            self.codes, self.version, self.kept = g, g._version, rows
+        return rows
 
 # %% ../nbs/01_constraints.ipynb #c5461ff0
 def check_reference(reference, n_groups: int, weights) -> None:
@@ -403,11 +419,11 @@ class GapMatrix:
         p = statistic.rows(out, batch.y, hard) if hasattr(statistic, "rows") else None
         if p is None or (D := self(batch.g, p)) is None:
             return None
-        return D @ p if isinstance(self.reference, (str, Integral)) else D @ p - self.reference
+        return D.mv(p) if isinstance(self.reference, (str, Integral)) else D.mv(p) - self.reference
 
     def __call__(self, g: Tensor, p: Tensor) -> Tensor | None:
         "D in the dtype of `p`, shape (G, n), or None"
-        if torch.compiler.is_compiling() or _wrapped(p) or not getattr(g, "comes_again", False) or g.shape != p.shape:
+        if not _comes_again(g, p) or g.shape != p.shape:
             return None
         if g is not self.codes or g._version != self.version or self.matrix.dtype != p.dtype:
             self.codes, self.version, self.matrix = g, g._version, self.make(g, p)
@@ -609,6 +625,58 @@ def true_values(gaps: Callable, out: Tensor, batch) -> Tensor:
     with torch.no_grad():
         return getattr(gaps, "true", gaps)(out, batch)
 
+# %% ../nbs/01_constraints.ipynb #e8b54e8b
+def check_parts(parts) -> None:
+    "Raise ValueError for parts of `AllOf` that cannot be meant"
+    if bad := [_name(p) for p in parts if not callable(p) or not isinstance(getattr(p, "m", None), Integral)]:
+        raise ValueError(f"expected constraints that know their number m, got {', '.join(bad)}: "
+                         "pass RateGap, or give your function an attribute m")
+    if len(parts) < 2:
+        raise ValueError(f"expected two parts or more, got {len(parts)}: one part needs no AllOf")
+
+
+def load_parts(whole, state) -> None:
+    "Load a state into each part; refused by one, it changes none"
+    before = whole.state_dict()
+    if not isinstance(state, dict) or state.keys() != before.keys():
+        got = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"expected the states of parts {sorted(before)}, got {got}: load the state of the same parts")
+    try:
+        for i, part in state.items():
+            whole.parts[int(i)].load_state_dict(part)
+    except Exception:
+        for i, part in before.items():
+            whole.parts[int(i)].load_state_dict(part)
+        raise
+
+# %% ../nbs/01_constraints.ipynb #0e960055
+class AllOf:
+    "Constraints of several parts as one vector, such as two rates a group: `AllOf(gaps, more)(out, batch)`"
+    def __init__(self,
+        *parts,  # Two or more of `RateGap`, `MeanGap`, `Proxy`, or anything that is called alike and has `m`
+    ):
+        check_parts(parts)
+        self.parts, self.m = parts, sum(p.m for p in parts)
+        self.is_mean = all(getattr(p, "is_mean", False) for p in parts)
+        self.weights = next((w for p in parts if (w := getattr(p, "weights", None)) is not None), None)
+        if any(hasattr(p, "true") for p in parts):
+            self.true = AllOf(*(getattr(p, "true", p) for p in parts))
+
+    def __call__(self, out: Tensor, batch) -> Tensor:
+        "Constraints of one batch, shape (m,)"
+        return torch.cat([p(out, batch) for p in self.parts])
+
+    def state_dict(self) -> dict[str, dict]:
+        "What the parts carry, by their place"
+        return {str(i): p.state_dict() for i, p in enumerate(self.parts) if hasattr(p, "state_dict")}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        "Restore what `state_dict` gave; a state that does not fit is refused and changes nothing"
+        load_parts(self, state)
+
+    def __repr__(self) -> str:
+        return f"AllOf({', '.join(map(str, self.parts))})"
+
 # %% ../nbs/01_constraints.ipynb #0e1bc6e6
 class WeightedBCE:
     "Binary cross-entropy with logits, mean of $w_g \\ell$ over the batch: `loss(out, batch)` gives a scalar"
@@ -624,13 +692,13 @@ class WeightedBCE:
         check_rows(y)
         if self.weights is None:
             return F.binary_cross_entropy_with_logits(z, y)
-        w = self.weights(z)
-        check_codes(batch.g, z)
         try:
-            return F.binary_cross_entropy_with_logits(z, y, weight=w.index_select(0, batch.g))
+            w = self.weights.rows(batch.g, z)
         except IndexError:
-            raise ValueError(f"expected group codes in 0..{len(w) - 1}, got codes from {int(batch.g.min())} "
-                             f"to {int(batch.g.max())}: pass as many weights as there are groups") from None
+            low, high, n = int(batch.g.min()), int(batch.g.max()), len(self.weights.exact)
+            raise ValueError(f"expected group codes in 0..{n - 1}, got codes from {low} to {high}: "
+                             "pass as many weights as there are groups") from None
+        return F.binary_cross_entropy_with_logits(z, y, weight=w)
 
     def __repr__(self) -> str:
         return f"WeightedBCE({'' if self.weights is None else [round(w, 4) for w in self.weights.exact.tolist()]})"
