@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .constraints import Proxy, RateGap, Sharpened, WeightedBCE, positive_rate
-from .evaluate import evaluate
+from .evaluate import Evaluation, Evaluator
 from .ghost import StochasticGhost
 from .lagrangian import PI, Lagrangian
 from .penalty import Penalty, PenaltyBarrier, SmoothedPenalty
@@ -33,8 +33,9 @@ from .train import Budget, Run, train, write_atomically
 
 # %% auto #0
 __all__ = ['STEP', 'DUAL', 'RHO', 'ALGORITHMS', 'PAPER', 'COLUMNS', 'scores', 'two_sided_scores', 'decisions', 'Algorithm',
-           'OverAdam', 'adam', 'pi_control', 'Setting', 'measure', 'What', 'run_one', 'compare', 'last_values', 'table',
-           'long_table', 'curves', 'save', 'hold_out', 'draws_of', 'winner', 'tune']
+           'OverAdam', 'adam', 'pi_control', 'Setting', 'evaluators', 'measurements', 'measure', 'measure_many', 'What',
+           'run_one', 'compare', 'last_values', 'table', 'long_table', 'curves', 'save', 'hold_out', 'draws_of',
+           'winner', 'tune']
 
 # %% ../nbs/23_compare.ipynb #7df7392f
 def scores(n_groups: int, bound: float, weights: Tensor | None) -> RateGap:
@@ -124,19 +125,37 @@ class Setting:
                              "it says what loss and overall rate average over")
 
 # %% ../nbs/23_compare.ipynb #1a3f9b5b
+def evaluators(
+    data,               # Has `train`, `test` (batches) and `n_groups`
+    bound: float = 0.05 # Largest gap allowed
+) -> dict[str, Evaluator]:
+    "One for each split"
+    return {split: Evaluator(getattr(data, split), n_groups=data.n_groups, bound=bound) for split in ("train", "test")}
+
+def measurements(
+    evaluations: Mapping[str, Evaluation] # By split
+) -> dict:
+    "Loss, accuracy, and of each group the gap in scores, the gap in decisions and the rate, by split"
+    return {f"{split}_{name}": value for split, ev in evaluations.items() for name, value in (
+        ("loss", ev.loss), ("accuracy", ev.accuracy), ("gaps", ev.soft.gaps), ("hard_gaps", ev.hard.gaps),
+        ("rates", ev.soft.values))}
+
 def measure(
     model: nn.Module,   # The network
     data,               # Has `train`, `test` (batches) and `n_groups`
     bound: float = 0.05 # Largest gap allowed
 ) -> dict:
-    "Loss, accuracy, and of each group the gap in scores, the gap in decisions and the rate, on train and test"
-    values = {}
-    for split in ("train", "test"):
-        ev = evaluate(model, getattr(data, split), n_groups=data.n_groups, bound=bound)
-        values |= {f"{split}_loss": ev.loss, f"{split}_accuracy": ev.accuracy,
-                   f"{split}_gaps": ev.soft.gaps, f"{split}_hard_gaps": ev.hard.gaps,
-                   f"{split}_rates": ev.soft.values}
-    return values
+    "What a record keeps: `measurements` of one network on train and test"
+    return measurements({split: ev(model) for split, ev in evaluators(data, bound).items()})
+
+def measure_many(
+    models: Callable,   # S networks: features -> logits of shape (S, n) or (S, n, 1)
+    data,               # Has `train`, `test` (batches) and `n_groups`
+    bound: float = 0.05 # Largest gap allowed
+) -> list[dict]:
+    "The same of several networks in one pass over the rows, one a network"
+    splits = {split: ev.many(models) for split, ev in evaluators(data, bound).items()}
+    return [measurements(dict(zip(splits, one, strict=True))) for one in zip(*splits.values(), strict=True)]
 
 # %% ../nbs/23_compare.ipynb #f6df7445
 class What:
