@@ -89,7 +89,7 @@ def best_mixture(
     rates = [evaluations[i].hard if hard else evaluations[i].soft for i in ok]
     d = torch.stack([r.deviations for r in rates]).T[rates[0].counts > 0]
     d = torch.cat([d, -d])                                           # both signs
-    found = linprog([*(evaluations[i].loss for i in ok), 1e4], torch.cat([d, -d.new_ones(len(d), 1)], 1),
+    found = linprog([*(evaluations[i].loss for i in ok), 1e4], torch.cat([d, -d.new_ones(len(d), 1)], 1).numpy(),
                     [evaluations[0].bound - margin] * len(d), [[1.] * len(ok) + [0.]], [1.])
     p = torch.zeros(len(evaluations), dtype=torch.float64)
     p[ok] = torch.as_tensor(found.x[:-1]).clamp(min=0)

@@ -191,11 +191,12 @@ def run_one(
     model = network(seed)
     seeded = {"seed": seed} if "seed" in inspect.signature(algorithm.make).parameters else {}
     opt = algorithm.make(model.parameters(), gaps.m, **seeded, **algorithm.options)
+    looks = evaluators(data, setting.bound)
     with torch.random.fork_rng(devices=[]):                   # what the network draws itself, for dropout say
         torch.manual_seed(seed)
         run = train(model, opt, WeightedBCE(weights), gaps, streams, steps=setting.steps, seconds=setting.seconds,
                     draws=setting.draws, evaluations=setting.evaluations, anneal=setting.anneal,
-                    evaluate=lambda: measure(model, data, setting.bound),
+                    evaluate=lambda: measurements({split: look(model) for split, look in looks.items()}),
                     parts={"what": What(algorithm, setting)}, **kw)
     return run, model
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import repeat
 from statistics import NormalDist
 
 import torch
@@ -20,10 +21,10 @@ from .problem import KKT, kkt_residual, least_squares_multipliers
 from .sampling import Batch
 
 # %% auto #0
-__all__ = ['evaluating', 'chunks', 'row_terms', 'sums_by_group', 'moments', 'share_interval', 'student', 'skew_interval',
-           'rate_interval', 'max_quantile', 'GroupRates', 'gap_covariance', 'gap_limits', 'absolute', 'bootstrap',
-           'Evaluation', 'verdicts', 'verdict', 'rows_to_decide', 'rows_in_all', 'Evaluator', 'stacked_logits',
-           'evaluate', 'evaluate_many', 'named', 'full_gradients', 'kkt', 'prices']
+__all__ = ['evaluating', 'chunks', 'row_terms', 'membership', 'sums_by_group', 'moments', 'share_interval', 'student',
+           'skew_interval', 'rate_interval', 'max_quantile', 'GroupRates', 'gap_covariance', 'gap_limits', 'absolute',
+           'bootstrap', 'Evaluation', 'verdicts', 'verdict', 'rows_to_decide', 'rows_in_all', 'Evaluator',
+           'stacked_logits', 'evaluate', 'evaluate_many', 'named', 'full_gradients', 'kkt', 'prices']
 
 # %% ../nbs/20_evaluate.ipynb #2735e5fb
 @contextmanager
@@ -72,14 +73,22 @@ def row_terms(
     return a[:, 0], b[:, 0]
 
 
+def membership(g: Tensor, n_groups: int) -> Tensor:
+    "1 where row i is in group j, else 0, shape (n, G), float64"
+    return (g == torch.arange(n_groups)[:, None]).double().T
+
+
 def sums_by_group(
     columns: Sequence[Tensor],  # k vectors of shape (n,)
     g: Tensor,                  # Group codes, shape (n,)
     n_groups: int,              # Number of groups G
-) -> Tensor:                    # Shape (k, G)
+    member: Tensor | None = None,  # `membership(g, n_groups)`, where it is at hand: a product is faster than a scatter
+) -> Tensor:                       # Shape (k, G)
     "Sums of several columns by group, in one pass"
     check_codes(g, columns[0])
     rows = torch.stack(tuple(columns))
+    if member is not None and (sums := rows.view(len(rows), -1, len(member)) @ member).isfinite().all():
+        return sums.flatten(1)                                                 # a NaN would reach all groups
     try:
         return rows.new_zeros(len(columns), n_groups).index_add_(1, g, rows)
     except IndexError:
@@ -94,14 +103,16 @@ def moments(
     g: Tensor,                        # Group codes, shape (n,)
     n_groups: int,                    # Number of groups G
     hard: bool,                       # Decisions in place of scores
+    member: Tensor | None = None,     # `membership(g, n_groups)`, where it is at hand
 ) -> Tensor:                          # Shape (9, G)
     "Sums of a, b, aa, ab, bb, aaa, aab, abb, bbb by group: all that intervals need; they add up over chunks"
     a, b = row_terms(statistic, z, y, hard)
     if b is None:
         aa = a * a
-        return sums_by_group([a, aa, aa * a, torch.ones_like(a)], g, n_groups)[[0, 3, 1, 0, 3, 2, 1, 0, 3]]
+        four = sums_by_group([a, aa, aa * a, torch.ones_like(a)], g, n_groups, member)
+        return four[[0, 3, 1, 0, 3, 2, 1, 0, 3]]
     aa, ab, bb = a * a, a * b, b * b
-    sums = sums_by_group([a, b, aa, ab, bb, aa * a, aa * b, ab * b, bb * b], g, n_groups)
+    sums = sums_by_group([a, b, aa, ab, bb, aa * a, aa * b, ab * b, bb * b], g, n_groups, member)
     rates = torch.stack(tuple(statistic(z, g, y, n_groups, hard=hard)))
     if not torch.allclose(sums[:2], rates, equal_nan=True):
         raise ValueError(f"expected a statistic that adds up over rows, got {rates[0].tolist()} for the whole, "
@@ -114,12 +125,12 @@ def share_interval(
     n: Tensor,   # Trials
     q: float = 1.959963984540054,  # Quantile of the normal distribution
 ) -> tuple[Tensor, Tensor]:        # Low and high
-    "Interval of a share k/n: halfway between Wilson's and Cai's, Eq. (3)"
+    "Interval of a share k/n: two fifths of the way from Wilson's to Cai's, Eq. (3)"
     eta, variance, p = q * q / 3 + 1 / 6, k * (n - k) / n, k / n
     wilson = (k + q * q / 2) / (n + q * q), q / (n + q * q) * (variance + q * q / 4).sqrt()
     second = p * (1 - p) + ((q * q / 18 + 7 / 36) - (13 * q * q + 17) / 18 * p * (1 - p)) / n
     cai = (k + eta) / (n + 2 * eta), q * (second.clamp(min=0) / n).sqrt()
-    low, high = ((wilson[0] + s * wilson[1] + (cai[0] + s * cai[1]).clamp(0, 1)) / 2 for s in (-1, 1))
+    low, high = (.6 * (wilson[0] + s * wilson[1]) + .4 * (cai[0] + s * cai[1]).clamp(0, 1) for s in (-1, 1))
     return torch.where(k == 0, 0., low), torch.where(k == n, 1., high)
 
 # %% ../nbs/20_evaluate.ipynb #6c5e46cb
@@ -378,6 +389,8 @@ class Evaluator:
         level: float = 0.95,                              # Confidence level of the intervals
         chunk: int = 8192,                                # Rows that go through the network at a time
     ):
+        if chunk < 1:
+            raise ValueError(f"expected chunks of one row or more, got {chunk}: 8192 suits most processors")
         if not 0 <= bound < math.inf:
             raise ValueError(f"expected a finite bound of at least 0, got {bound}: pass the largest gap that is wanted")
         if not 0 < level < 1:
@@ -387,7 +400,14 @@ class Evaluator:
                 raise ValueError("expected n_groups with an iterable of batches, got none: a batch may lack groups")
             n_groups = int(data.g.max()) + 1 if len(data.g) else 0
         self.data, self.statistic, self.n_groups = data, statistic, n_groups
-        self.bound, self.level, self.chunk = bound, level, chunk
+        self.bound, self.level, self.chunk, self.members = bound, level, chunk, None
+
+    def pieces(self) -> Iterator[tuple[Batch, Tensor | None]]:
+        "Up to 65,536 rows with their membership, which is kept for data in one batch, up to 32 MB"
+        rows = len(self.data.g) if hasattr(self.data, "g") else math.inf
+        if self.members is None and rows * self.n_groups <= 2**22:
+            self.members = [membership(b.g.cpu(), self.n_groups) for b in chunks(self.data, 2**16)]
+        return zip(chunks(self.data, 2**16), self.members or repeat(None))
 
     def __call__(self, model: Callable) -> Evaluation:
         "One network: features -> logits of shape (n,) or (n, 1)"
@@ -397,8 +417,9 @@ class Evaluator:
         "S networks in one pass: features -> logits of shape (S, n) or (S, n, 1)"
         total, G = None, self.n_groups
         with evaluating(models if modules is None else modules):
-            for b in chunks(self.data, self.chunk):
-                part = _tally(stacked_logits(models(b.x), len(b.y)), b, self.statistic, G)
+            for piece, member in self.pieces():
+                z = [stacked_logits(models(b.x), len(b.y)) for b in chunks(piece, self.chunk)]
+                part = _tally(torch.cat(z, 1), piece, self.statistic, G, member)
                 total = part if total is None else total + part
         if total is None:
             raise ValueError("expected one row or more, got none: is the loader used up?")
@@ -418,7 +439,7 @@ def stacked_logits(
     return out.to("cpu", torch.float64)
 
 
-def _tally(z, batch, statistic, n_groups):
+def _tally(z, batch, statistic, n_groups, member):
     "Sums of one chunk, which add up, (21, S, G): moments of soft and hard rates, losses, right decisions, rows"
     S, n = z.shape
     z, y, g = z.reshape(-1), batch.y.to("cpu", z.dtype), batch.g.cpu()
@@ -428,9 +449,9 @@ def _tally(z, batch, statistic, n_groups):
                          "recode the groups, or correct n_groups")
     if S > 1:                                                                         # network by network
         y, g = y.repeat(S), (g + n_groups * torch.arange(S)[:, None]).reshape(-1)
-    parts = [moments(statistic, z, y, g, S * n_groups, hard) for hard in (False, True)]
+    parts = [moments(statistic, z, y, g, S * n_groups, hard, member) for hard in (False, True)]
     alike = [loss_rate.rows(z, y, False), accuracy.rows(z, y, True), torch.ones_like(z)]
-    return torch.cat([*parts, sums_by_group(alike, g, S * n_groups)]).view(21, S, n_groups)
+    return torch.cat([*parts, sums_by_group(alike, g, S * n_groups, member)]).view(21, S, n_groups)
 
 # %% ../nbs/20_evaluate.ipynb #12a199a2
 def evaluate(
