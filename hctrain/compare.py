@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -95,6 +96,24 @@ ALGORITHMS: dict[str, Algorithm] = {
     "decisions": Algorithm("Decisions", OverAdam(Lagrangian), {}, {**STEP, **DUAL, **RHO}, decisions)}
 PAPER = tuple(ALGORITHMS[name] for name in ("adam", "sslalm", "ssw"))     # those of arXiv 2509.21254, Figure 1
 
+# %% ../nbs/23_compare.ipynb #410508f0
+def _check_setting(s):
+    "Refuse what makes no sense"
+    for name in ("seeds", "per_group"):
+        value = getattr(s, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"expected {name} of at least 1, got {value!r}: pass an integer")
+    number = isinstance(s.bound, Real) and not isinstance(s.bound, bool)
+    if not number or not 0 <= s.bound < 1:
+        raise ValueError(f"expected bound in [0, 1), got {s.bound!r}: it is a difference of two rates")
+    if not isinstance(s.anneal, bool):
+        raise ValueError(f"expected anneal as True or False, got {s.anneal!r}: choose one")
+    if s.draws not in (1, 2, 3):
+        raise ValueError(f"expected draws to be 3, 2 or 1, got {s.draws!r}: it counts a step's draws")
+    if s.reference not in ("population", "balanced"):
+        raise ValueError(f"expected reference to be 'population' or 'balanced', got {s.reference!r}: "
+                         "it says what loss and overall rate average over")
+
 # %% ../nbs/23_compare.ipynb #4a21e153
 @dataclass(frozen=True)
 class Setting:
@@ -111,32 +130,35 @@ class Setting:
 
     def __post_init__(self):
         Budget(steps=self.steps, seconds=self.seconds, evaluations=self.evaluations)
-        for name in ("seeds", "per_group"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value!r}: pass an integer")
-        if not 0 <= self.bound < 1:
-            raise ValueError(f"expected bound in [0, 1), got {self.bound!r}: it is a difference of two rates")
-        if self.draws not in (1, 2, 3):
-            raise ValueError(f"expected draws to be 3, 2 or 1, got {self.draws!r}: it counts a step's draws")
-        if self.reference not in ("population", "balanced"):
-            raise ValueError(f"expected reference to be 'population' or 'balanced', got {self.reference!r}: "
-                             "it says what loss and overall rate average over")
+        _check_setting(self)
 
 # %% ../nbs/23_compare.ipynb #1a3f9b5b
 def measure(
-    model: nn.Module,   # The network
-    data,               # Has `train`, `test` (batches) and `n_groups`
-    bound: float = 0.05 # Largest gap allowed
+    model: nn.Module,    # The network
+    data,                # Has `train`, `test` (batches) and `n_groups`
+    bound: float = 0.05, # Largest gap allowed
+    statistics: Sequence[Callable] = (positive_rate,) # Whose gaps are measured, one after the other
 ) -> dict:
     "Loss, accuracy, and of each group the gap in scores, the gap in decisions and the rate, on train and test"
     values = {}
     for split in ("train", "test"):
-        ev = evaluate(model, getattr(data, split), n_groups=data.n_groups, bound=bound)
-        values |= {f"{split}_loss": ev.loss, f"{split}_accuracy": ev.accuracy,
-                   f"{split}_gaps": ev.soft.gaps, f"{split}_hard_gaps": ev.hard.gaps,
-                   f"{split}_rates": ev.soft.values}
+        evs = [evaluate(model, getattr(data, split), s, data.n_groups, bound) for s in statistics]
+        values |= {f"{split}_loss": evs[0].loss, f"{split}_accuracy": evs[0].accuracy,
+                   f"{split}_gaps": torch.cat([ev.soft.gaps for ev in evs]),
+                   f"{split}_hard_gaps": torch.cat([ev.hard.gaps for ev in evs]),
+                   f"{split}_rates": torch.cat([ev.soft.values for ev in evs])}
     return values
+
+# %% ../nbs/23_compare.ipynb #6b8e47a4
+def _check_algorithms(algorithms):
+    "Refuse what is no list of algorithms that can be told apart"
+    is_list = isinstance(algorithms, (list, tuple)) and not isinstance(algorithms, Algorithm)
+    if wrong := [a for a in (algorithms if is_list else [algorithms]) if not is_list or not isinstance(a, Algorithm)]:
+        raise TypeError(f"expected a list of algorithms, got {wrong[0]!r:.60}: pass [ALGORITHMS['sslalm'], ...], "
+                        "or Algorithm('mine', make) in it")
+    labels = [a.label for a in algorithms]
+    if len({*labels}) < len(labels) or not labels:
+        raise ValueError(f"expected algorithms with different labels, got {labels}: give each its own")
 
 # %% ../nbs/23_compare.ipynb #f6df7445
 class What:
@@ -163,9 +185,11 @@ def run_one(
     algorithm: Algorithm,                 # What to train with
     seed: int,                            # Of network and batches
     setting: Setting = Setting(),         # What all algorithms share
+    measured: Callable = measure,         # `measured(model, data, bound)`: what to record, under the names of `measure`
     **kw                                  # More for `train`, such as a checkpoint
 ) -> tuple[Run, nn.Module]:
     "Train one algorithm from one seed; the run and the trained network"
+    _check_algorithms([algorithm])
     streams = Streams(*data.train, per_group=setting.per_group, seed=seed)
     weights = streams.weights if setting.reference == "population" else None
     gaps = algorithm.constraints(data.n_groups, setting.bound, weights)
@@ -176,7 +200,7 @@ def run_one(
         torch.manual_seed(seed)
         run = train(model, opt, WeightedBCE(weights), gaps, streams, steps=setting.steps, seconds=setting.seconds,
                     draws=setting.draws, evaluations=setting.evaluations, anneal=setting.anneal,
-                    evaluate=lambda: measure(model, data, setting.bound),
+                    evaluate=lambda: measured(model, data, setting.bound),
                     parts={"what": What(algorithm, setting)}, **kw)
     return run, model
 
@@ -188,18 +212,18 @@ def compare(
     setting: Setting = Setting(),                         # What all share
     folder: str | Path | None = None,                     # Where each run keeps its checkpoint
     resume: bool = False,                                 # Go on from the checkpoints that are there
-    progress: bool = True                                 # Show a bar for each run
+    progress: bool = True,                                # Show a bar for each run
+    measured: Callable = measure                          # What to record, as for `run_one`
 ) -> dict[str, list[Run]]:
     "Train every algorithm from every seed; runs by label. After Ctrl-C the last run says that it is not finished"
-    if len({a.label for a in algorithms}) < len(algorithms) or not algorithms:
-        raise ValueError(f"expected algorithms with different labels, got {[a.label for a in algorithms]}")
+    _check_algorithms(algorithms)
     jobs = [(seed, a) for seed in range(setting.seeds) for a in algorithms]
     runs = {a.label: [] for a in algorithms}
     for i, (seed, a) in enumerate(jobs):
         file = None if folder is None else Path(folder) / f"{re.sub('[^a-z0-9]+', '-', a.label.lower())}-{seed}.pt"
         title = f"{a.label}, seed {seed} ({i + 1} of {len(jobs)})"
-        run, _ = run_one(data, network, a, seed, setting, checkpoint=file, progress=title if progress else False,
-                         resume=resume and file is not None and file.exists())
+        run, _ = run_one(data, network, a, seed, setting, measured, checkpoint=file,
+                         progress=title if progress else False, resume=resume and file is not None and file.exists())
         runs[a.label].append(run)
         if run.interrupted:
             break

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .constraints import MeanGap, Proxy, RateGap, Rates
+from .constraints import AllOf, MeanGap, Proxy, RateGap, Rates
 from .optimizer import ConstrainedOptimizer, SkipNonFinite
 from .problem import leaves
-from .sampling import Batch, Draws
+from .sampling import Batch, Draws, LoaderStreams
 from .train import Alone, Clock
 
 # %% auto #0
@@ -71,10 +71,12 @@ def _outcome(act: Callable) -> tuple:
 # %% ../nbs/41_distributed.ipynb #049497b1
 def _addable(f: Callable) -> tuple[Callable, Callable]:
     "From the arguments of `f` to numbers that add up over processes, and from their sums to the value of `f`"
-    if hasattr(f, "parts"):
-        return f.parts, f.from_parts
+    if hasattr(f, "from_sums"):
+        return f.shares, f.from_sums
     if isinstance(f, Proxy):
         return _addable(f.surrogate)
+    if isinstance(f, AllOf):
+        return _all(f)
     if not isinstance(f, RateGap | MeanGap):
         return _mean(f)
     rates = lambda out, batch: f.statistic(out, batch.g, batch.y, f.n_groups, hard=f.hard)
@@ -86,60 +88,59 @@ def _addable(f: Callable) -> tuple[Callable, Callable]:
     with_rows = lambda out, batch: [*(r := rates(out, batch)), r.counts.new_tensor(len(out))]
     return with_rows, lambda sums, counts, n: f.from_means(*f.means_of(Rates(sums, counts), n), f.reference, 1.)
 
+# %% ../nbs/41_distributed.ipynb #87cf0791
+def _all(f: AllOf) -> tuple[Callable, Callable]:
+    "The same for several parts"
+    pieces, sizes = [_addable(part) for part in f.parts], []
+    def shares(out, batch):
+        each = [list(share(out, batch)) for share, _ in pieces]
+        sizes[:] = map(len, each)
+        return sum(each, [])
+    def value(*sums):
+        sums = iter(sums)
+        return torch.cat([v(*(next(sums) for _ in range(n))) for (_, v), n in zip(pieces, sizes, strict=True)])
+    return shares, value
+
 # %% ../nbs/41_distributed.ipynb #4d8a78cf
 def _mean(f: Callable) -> tuple[Callable, Callable]:
     "The same for a mean over rows, of batches that need not be equally large"
-    def parts(out, batch):
+    def shares(out, batch):
         v = f(out, batch)
         if v.dim():
             warnings.warn(f"expected constraints whose sums and counts add up, got finished averages from {f!r}: "
                           "their mean over processes is used, which is not the constraint of all rows where that has "
-                          "a ratio, an absolute value or a maximum; use RateGap, or write parts and from_parts",
+                          "a ratio, an absolute value or a maximum; use RateGap, or write shares and from_sums",
                           stacklevel=2)
         return v * len(out), v.new_tensor(len(out))
-    return parts, lambda total, n: total / n
+    return shares, lambda total, n: total / n
 
 # %% ../nbs/41_distributed.ipynb #cb43e1b3
 class Pooled:
     "A loss, or constraints, of the rows of all processes: `f(out, batch)` with this process's rows, @eq-sum"
     def __init__(self,
-        team: Alone,          # The processes, a `Team`
-        *functions: Callable  # One loss, or sets of constraints that are put one after the other
+        team: Alone,        # The processes, a `Team`
+        function: Callable  # A loss or constraints, `f(out, batch)`
     ):
-        self.team, self.functions, self.addable = team, functions, [_addable(f) for f in functions]
-        if all(hasattr(f, "m") for f in functions):
-            self.m = sum(f.m for f in functions)
-        if any(hasattr(f, "true") for f in functions):
-            self.true = team.pool(*(getattr(f, "true", f) for f in functions))
+        self.team, self.function = team, function
+        self.shares, self.value = _addable(function)
+        for name in ("m", "state_dict", "load_state_dict"):
+            if hasattr(function, name):
+                setattr(self, name, getattr(function, name))
+        if hasattr(function, "true"):
+            self.true = Pooled(team, function.true)
 
     def together(self, *calls: tuple) -> list[Tensor]:
         "Values of several pooled functions with their arguments, `(f, out, batch)`, in one exchange"
-        shares = [[list(parts(*args)) for parts, _ in f.addable] for f, *args in calls]
-        sums = iter(self.team.sum(*(t for call in shares for part in call for t in part)))
-        take = lambda part: [next(sums) for _ in part]
-        values = [[value(*take(part)) for (_, value), part in zip(f.addable, call, strict=True)]
-                  for (f, *_), call in zip(calls, shares, strict=True)]
-        return [v[0] if len(v) == 1 else torch.cat(v) for v in values]
+        shares = [list(f.shares(*args)) for f, *args in calls]
+        sums = iter(self.team.sum(*(t for ts in shares for t in ts)))
+        return [f.value(*(next(sums) for _ in ts)) for (f, *_), ts in zip(calls, shares, strict=True)]
 
     def __call__(self, out: Tensor, batch) -> Tensor:
         "Value for the rows of all processes"
         return self.together((self, out, batch))[0]
 
     def __repr__(self) -> str:
-        return f"Pooled({', '.join(map(repr, self.functions))})"
-
-# %% ../nbs/41_distributed.ipynb #14c2234d
-class _PooledWithState(Pooled):
-    "The same, of functions that remember"
-    def state_dict(self) -> dict:
-        "What the function remembers; of several, by number"
-        kept = {str(i): f.state_dict() for i, f in enumerate(self.functions) if hasattr(f, "state_dict")}
-        return kept if len(self.functions) > 1 else kept["0"]
-
-    def load_state_dict(self, state: dict) -> None:
-        "Restore what `state_dict` gave"
-        for name, f in ((str(i), f) for i, f in enumerate(self.functions) if hasattr(f, "state_dict")):
-            f.load_state_dict(state[name] if len(self.functions) > 1 else state)
+        return f"Pooled({self.function!r})"
 
 # %% ../nbs/41_distributed.ipynb #d7726425
 class _Batches:
@@ -173,7 +174,7 @@ class Shard(_Batches):
         team: Alone,    # The processes, a `Team`
         streams: Draws  # Streams, or a sampler, made alike in all of them
     ):
-        if not isinstance(streams, Draws):
+        if not isinstance(streams, Draws) or isinstance(streams, LoaderStreams):
             raise TypeError(f"expected Streams, RandomStreams or BalancedSampler, got {type(streams).__name__}: "
                             "split other batches yourself, batch[team.rank::team.size]")
         if streams.table.size < team.size:
@@ -215,27 +216,28 @@ class _Meetings(_Sums):
 
     def clock(self, seconds: float) -> Callable[[], float]:
         "The clock that all go by"
-        self.own, self.told, self.end, self.asked = Clock(seconds), seconds, False, lambda: False
-        self.met, self.next = (0, seconds), 0
+        self.own, self.told, self.asked, self.met, self.next = Clock(seconds), seconds, False, (0, seconds), 0
         return self.own if self.size == 1 else _CommonClock(self)
 
-    def stops(self, pressed: Callable[[], bool]) -> Callable[[], bool]:
-        "Whether any process had been asked to stop when they last met"
-        self.asked = pressed
-        return pressed if self.size == 1 else lambda: self.end
-
-    def meet(self, step: int) -> None:
-        "Agree on clock and end, when it is time"
-        if self.size > 1 and step >= self.next:
+    def ends(self, step: int, asked: bool) -> bool:
+        "Whether to stop before this step, as all agreed when they last met; now, if it is time"
+        self.asked = asked
+        if self.size == 1:
+            return super().ends(step, asked)
+        if step >= self.next:
             (last, then), now = self.met, self.own()
             soon = .2 * (step - last) / max(now - then, 1e-9)          # as many steps as take a fifth of a second
             self.next = step + self.tell(max(1, min(soon, 2 * (step - last))))
             self.met = step, self.told
+        return self.end
 
+# %% ../nbs/41_distributed.ipynb #5fd81cdf
+class _Tells(_Meetings):
+    "What is said at a meeting"
     def tell(self, steps: float = 0.) -> int:
         "Hear what the clock of process 0 shows, after how many steps it wants to meet, and who was asked to stop"
         mine = [self.own(), steps] if self.rank == 0 else [0., 0.]
-        t = torch.tensor([*mine, self.asked()], dtype=torch.float64, device=self.device)
+        t = torch.tensor([*mine, self.asked], dtype=torch.float64, device=self.device)
         dist.all_reduce(t, group=self.group)
         self.told, steps, asked = t.tolist()
         self.end = asked > 0
@@ -259,7 +261,7 @@ def _checksums(opt: torch.optim.Optimizer) -> dict[str, int]:
     return {name: zlib.crc32(b" ".join(map(_bytes, whole(thing)))) for name, thing in things.items()}
 
 # %% ../nbs/41_distributed.ipynb #0ea23b09
-class _InStep(_Meetings):
+class _InStep(_Tells):
     "Whether all processes have the same state"
     def check(self, opt: torch.optim.Optimizer) -> None:
         "Raise unless the state of an optimizer and its weights are the same in all processes, bit for bit"
@@ -288,16 +290,18 @@ class _InStep(_Meetings):
 # %% ../nbs/41_distributed.ipynb #8df166d0
 class _Sharing:
     "What a team makes of functions and streams"
-    def pool(self, *functions: Callable) -> Callable:
+    def pool(self, function: Callable) -> Callable:
         "A loss, or constraints, of the rows of all processes"
-        if self.size == 1 and len(functions) == 1:
-            return functions[0]
-        kept = any(hasattr(f, "state_dict") for f in functions)
-        return (_PooledWithState if kept else Pooled)(self, *functions)
+        return function if self.size == 1 else Pooled(self, function)
 
     def shard(self, streams: Draws) -> Draws | Shard:
         "This process's rows of all batches"
         return streams if self.size == 1 else Shard(self, streams)
+
+    def _count(self):
+        there = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(self.group), dist.get_world_size(self.group)) if there else (0, 1)
+        self.device = "cuda" if there and dist.get_backend(self.group) == "nccl" else "cpu"
 
 # %% ../nbs/41_distributed.ipynb #57abedcc
 class Team(_Sharing, _InStep):
@@ -309,11 +313,6 @@ class Team(_Sharing, _InStep):
     ):
         self.group, self.backend, self.joined = group, backend, False
         self._count()
-
-    def _count(self):
-        there = dist.is_available() and dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(self.group), dist.get_world_size(self.group)) if there else (0, 1)
-        self.device = "cuda" if there and dist.get_backend(self.group) == "nccl" else "cpu"
 
     def __enter__(self):
         if "RANK" in os.environ and not dist.is_initialized():
@@ -413,6 +412,16 @@ def save_sharded(
     anchors = {name: opt.state[p] for name, p in model.named_parameters() if opt.state.get(p)}
     _dcp("save", {**_shards(model, opt), "anchors": anchors, "own": _own(opt, parts)}, checkpoint_id=folder)
 
+# %% ../nbs/41_distributed.ipynb #1ad95558
+def _room(folder: str | Path, params: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    "Tensors to read the anchors of the weights into, by name"
+    anchors = {}
+    for key in _dcp("FileSystemReader", folder).read_metadata().state_dict_metadata:
+        if key.startswith("anchors."):
+            name, _, what = key.removeprefix("anchors.").rpartition(".")
+            anchors.setdefault(name, {})[what] = torch.zeros_like(params[name])
+    return anchors
+
 # %% ../nbs/41_distributed.ipynb #99f528d0
 def load_sharded(
     folder: str | Path,         # What `save_sharded` wrote, with any number of processes
@@ -423,12 +432,8 @@ def load_sharded(
     "Put a checkpoint back; one of another optimizer is refused and changes nothing"
     from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
     own = _read_own(folder, opt, parts)
-    params, anchors = dict(model.named_parameters()), {}
-    for key in _dcp("FileSystemReader", folder).read_metadata().state_dict_metadata:
-        if key.startswith("anchors."):
-            name, _, what = key.removeprefix("anchors.").rpartition(".")
-            anchors.setdefault(name, {})[what] = torch.zeros_like(params[name])
-    tree = {**_shards(model, opt), "anchors": anchors}
+    params = dict(model.named_parameters())
+    tree = {**_shards(model, opt), "anchors": (anchors := _room(folder, params))}
     _dcp("load", tree, checkpoint_id=folder)
     set_model_state_dict(model, tree["model"])
     for i, o in enumerate(opt.optimizers):

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from .constraints import readable, true_values
 from .ghost import LinearRows
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, check_finite
+from .replay import Replay
 
 # %% auto #0
 __all__ = ['outputs', 'rows_are_independent', 'together', 'plain_step', 'one_draw_step', 'two_draw_step', 'three_draw_step',
            'lazy_step', 'ClosureStep', 'choose_step', 'Budget', 'Clock', 'Alone', 'team_of', 'bare', 'Record',
-           'write_atomically', 'Checkpoint', 'interruptible', 'Progress', 'Run', 'Anneal', 'train']
+           'write_atomically', 'Checkpoint', 'interruptible', 'Progress', 'Run', 'Anneal', 'checked_team', 'train']
 
 # %% ../nbs/21_train.ipynb #257a7a64
 def outputs(
@@ -209,15 +210,11 @@ class Clock:
 # %% ../nbs/21_train.ipynb #92e2e9ea
 class Alone:
     "What `train` asks of the processes of a run, for a run of one"
-    rank, signals = 0, (signal.SIGINT,)
+    rank, signals, end = 0, (signal.SIGINT,), False
 
     def clock(self, seconds: float) -> Clock:
         "The clock that all go by"
         return Clock(seconds)
-
-    def stops(self, pressed: Callable[[], bool]) -> Callable[[], bool]:
-        "Whether to stop, from whether this process was asked to"
-        return pressed
 
     def first(self, act: Callable):
         "What `act()` returns, done by one process for all"
@@ -227,8 +224,10 @@ class Alone:
         "The mean over the processes"
         return t
 
-    def meet(self, step: int) -> None:
-        "Agree on clock and end, when it is time"
+    def ends(self, step: int, asked: bool) -> bool:
+        "Whether to stop before this step; `asked`: whether this process was asked to"
+        self.end = asked
+        return asked
 
     def check(self, opt: torch.optim.Optimizer) -> None:
         "Raise unless all processes have the same state"
@@ -254,7 +253,7 @@ class Record:
 
     def add(self, step: int, seconds: float, values: dict) -> None:
         "Append an evaluation: numbers, or vectors of them"
-        row = {k: v.tolist() if isinstance(v, (Tensor, np.ndarray, np.generic)) else v for k, v in values.items()}
+        row = _plain_values(values)
         if self.rows and row.keys() != (names := self.rows[0].keys() - {"step"}):
             raise ValueError(f"expected the measurements {sorted(names)}, got {sorted(row)}: "
                              "return the same names each time")
@@ -278,6 +277,13 @@ class Record:
         write_atomically(Path(folder) / "seconds.csv", _csv({"step": self["step"], "seconds": self["seconds"]}))
 
 # %% ../nbs/21_train.ipynb #3206e92b
+def _plain_values(values: Mapping) -> dict:
+    "What was measured, with Python's own numbers and lists"
+    if not isinstance(values, Mapping):
+        raise TypeError(f"expected numbers by name from evaluate(), got {values!r}: return a dict such as "
+                        "{'loss': 0.5}")
+    return {k: v.tolist() if isinstance(v, (Tensor, np.ndarray, np.generic)) else v for k, v in values.items()}
+
 def _spread(name: str, column: np.ndarray) -> dict[str, np.ndarray]:
     "A column of numbers under its name, one of vectors as name[0], name[1], ..."
     return {name: column} if column.ndim == 1 else {f"{name}[{i}]": c for i, c in enumerate(column.T)}
@@ -471,11 +477,14 @@ class Run:
     interrupted: bool  # Whether Ctrl-C was pressed
     finished: bool   # False after Ctrl-C
     skipped: int = 0   # Steps left out for a non-finite value
+    compiling: float = 0.  # Seconds that compiling the step took, not among those of training
 
     def __repr__(self) -> str:
         state = "finished" if self.finished else "interrupted; train again with resume=True to go on"
         left_out = f" ({self.skipped:,} left out)" if self.skipped else ""
-        return f"Run({self.step:,} steps{left_out} in {self.seconds:.1f} s, {len(self.record)} evaluations, {state})"
+        compiled = f" after {self.compiling:.1f} s of compiling" if self.compiling else ""
+        return (f"Run({self.step:,} steps{left_out} in {self.seconds:.1f} s{compiled}, {len(self.record)} evaluations, "
+                f"{state})")
 
 # %% ../nbs/21_train.ipynb #9fbd1dc9
 class _Due:
@@ -545,6 +554,43 @@ class Anneal:
         "Take them back"
         self.lr = list(state["lr"])
 
+# %% ../nbs/21_train.ipynb #f3dc39c4
+def _check_kinds(model, opt, loss, evaluate, schedulers, anneal):
+    "Refuse arguments of another kind"
+    for wanted, value, good, todo in (
+            ("model as a torch module", model, isinstance(model, nn.Module), "pass the network itself"),
+            ("opt as an optimizer", opt, isinstance(opt, torch.optim.Optimizer), "make it of model.parameters() first"),
+            ("loss as a function", loss, callable(loss), "pass loss(out, batch)"),
+            ("evaluate as a function", evaluate, evaluate is None or callable(evaluate), "pass one without arguments"),
+            ("anneal as True or False", anneal, isinstance(anneal, bool), "choose one")):
+        if not good:
+            raise TypeError(f"expected {wanted}, got {value!r}: {todo}")
+    if not isinstance(schedulers, (list, tuple)) or not all(hasattr(s, "step") for s in schedulers):
+        raise TypeError(f"expected schedulers as a list of objects with step(), got {schedulers!r}: "
+                        "pass [scheduler], even for one")
+
+# %% ../nbs/21_train.ipynb #85e2b56a
+def _check_same_weights(model, opt):
+    "Refuse an optimizer that has none of the network's weights"
+    mine = {id(p) for p in model.parameters()}
+    if not any(id(p) in mine for g in opt.param_groups for p in g["params"]):
+        raise ValueError(f"expected {type(opt).__name__} on the parameters of this model, got one on others: "
+                         "make it of model.parameters(), after any copy of the model")
+
+def _check_own_parts(parts):
+    "Refuse parts that a checkpoint could not keep, or would keep in place of what `train` keeps itself"
+    if not isinstance(parts, Mapping) or not all(hasattr(p, "load_state_dict") for p in parts.values()):
+        raise TypeError("expected parts by name with state_dict and load_state_dict, "
+                        f"got {parts!r}: pass a dict of them")
+    if taken := [k for k in parts if k in ("model", "opt", "streams", "gaps", "skip") or k.startswith("scheduler")]:
+        raise ValueError(f"expected parts with names of their own, got {taken[0]!r}: train keeps that itself")
+
+def _check_arguments(model, opt, loss, evaluate, schedulers, anneal, parts):
+    "Refuse what cannot be meant"
+    _check_kinds(model, opt, loss, evaluate, schedulers, anneal)
+    _check_same_weights(model, opt)
+    _check_own_parts(parts)
+
 # %% ../nbs/21_train.ipynb #3f0d02a4
 def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules):
     "Refuse parts that do not go together"
@@ -561,15 +607,35 @@ def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules):
     if two_schedules:
         raise ValueError("expected schedulers or anneal=True, got both: each would undo what the other sets")
 
+# %% ../nbs/21_train.ipynb #9f4eaa9c
+def teller(model: nn.Module, opt: torch.optim.Optimizer, skipping: SkipNonFinite | None,
+           replay: Replay | None, team: Alone):
+    "What is done before each look: counters come back from a recording, and what was masked is told"
+    def told():
+        if replay:
+            replay.settle()
+        if skipping:
+            skipping.check()
+        elif hasattr(opt, "check"):
+            opt.check()
+        elif replay:
+            check_finite(weights=torch.cat([p.detach().flatten() for p in model.parameters()]))
+        team.check(opt)
+    return told
+
 # %% ../nbs/21_train.ipynb #50f775d4
-def _check_team(team, loss, gaps):
-    "Refuse parts that would be of one process alone where several share a run"
+def checked_team(streams, loss, gaps, compiled):
+    "The processes that share the streams; parts that would be of one process alone are refused where there are several"
+    team = team_of(streams)
     if getattr(team, "size", 1) == 1:
-        return
+        return team
     for name, f in (("loss", loss), ("gaps", gaps)):
         if f is not None and getattr(f, "team", None) is not team:
             raise ValueError(f"expected {name} of the rows of all {team.size} processes, got {f!r}, which sees those "
                              f"of one: pass team.pool({name})")
+    if compiled:
+        raise ValueError(f"expected compiled=False with {team.size} processes, got True: an exchange is not recorded")
+    return team
 
 # %% ../nbs/21_train.ipynb #abadd028
 def train(
@@ -587,6 +653,7 @@ def train(
     evaluations: int = 20,                   # How often, evenly spread, besides at the start
     schedulers: Sequence = (),               # Learning-rate schedulers, stepped after each step
     anneal: bool = False,                    # Let the steps of the weights fall to 0 over the budget, in a line
+    compiled: bool = False,                  # Record and compile the step: seconds once, then a quarter of its time
     checkpoint: str | Path | None = None,    # File written at each evaluation and after Ctrl-C
     resume: bool = False,                    # Go on from that file
     nonfinite: str = "raise",                # What a NaN does; `"skip"` leaves that step out and counts it
@@ -594,10 +661,10 @@ def train(
     progress: bool | str = True              # Show a bar; a string is its title
 ) -> Run:
     "Train until the budget is used up or Ctrl-C is pressed"
+    _check_arguments(model, opt, loss, evaluate, schedulers, anneal, parts or {})
     budget, do_step = Budget(steps, seconds, epochs, evaluations), choose_step(opt, draws)
-    joint, team = rows_are_independent(model), team_of(streams)
+    joint, team = rows_are_independent(model), checked_team(streams, loss, gaps, compiled)
     _check_parts(opt, gaps, streams, resume, checkpoint, anneal and schedulers)
-    _check_team(team, loss, gaps)
     skipping = SkipNonFinite(opt)
     attempt = skipping if check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip" else nullcontext()
     used = [0.]                                            # the share of the budget
@@ -607,18 +674,16 @@ def train(
     saved = None if checkpoint is None else Checkpoint(checkpoint, **kept)
     step, past, record = saved.load() if resume else (0, 0., Record())
     clock, bar = team.clock(past), Progress(progress and team.rank == 0)
-    masked = getattr(opt, "check", lambda: None) if attempt is not skipping else skipping.check
-    told = lambda: (masked(), team.check(opt))
+    replay = Replay(do_step, first=max(0, 2 - step), pause=clock.paused) if compiled else None
+    do_step, told = replay or do_step, teller(model, opt, skipping if attempt is skipping else None, replay, team)
     run = _Looks(record, budget, clock, getattr(streams, "batches_per_epoch", 1), told, evaluate, saved, bar, team)
     try:
-        with interruptible(team.signals) as here:
-            pressed = team.stops(here)
+        with interruptible(team.signals) as pressed:
             while True:
-                team.meet(step)
                 if run.due(step):
                     run.look(step)
                 bar.show(spent := run.spent(step))
-                if spent >= 1 or pressed():
+                if team.ends(step, pressed()) or spent >= 1:
                     break
                 with attempt:
                     do_step(model, opt, loss, gaps, streams, joint)
@@ -630,4 +695,6 @@ def train(
                 run.save(step)
     finally:
         bar.close()
-    return Run(record, step, clock(), pressed(), spent >= 1, skipping.count)
+        if replay:
+            replay.close()
+    return Run(record, step, clock(), team.end, spent >= 1, skipping.count, replay.seconds if replay else 0.)

@@ -42,14 +42,14 @@ class Worst:
     "The largest error rate of a group: a maximum of ratios"
     m = 1
 
-    def parts(self, out, batch):
+    def shares(self, out, batch):
         return loss_rate(out, batch.g, batch.y, 3)
 
-    def from_parts(self, sums, counts):
+    def from_sums(self, sums, counts):
         return (sums / counts).max().reshape(1) - .1
 
     def __call__(self, out, batch):
-        return self.from_parts(*self.parts(out, batch))
+        return self.from_sums(*self.shares(out, batch))
 
 
 def rows(dtype=torch.float64, n=300):
