@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .constraints import Proxy, RateGap, Sharpened, WeightedBCE, positive_rate
-from .evaluate import evaluate
+from .evaluate import Evaluation, Evaluator
 from .ghost import StochasticGhost
 from .lagrangian import PI, Lagrangian
 from .penalty import Penalty, PenaltyBarrier, SmoothedPenalty
@@ -33,9 +34,9 @@ from .train import Budget, Run, train, write_atomically
 
 # %% auto #0
 __all__ = ['STEP', 'DUAL', 'RHO', 'ALGORITHMS', 'PAPER', 'COLUMNS', 'scores', 'two_sided_scores', 'decisions', 'Algorithm',
-           'OverAdam', 'adam', 'pi_control', 'Setting', 'measure', 'What', 'parts_of', 'run_one', 'members_of',
-           'in_turn', 'compare', 'last_values', 'table', 'long_table', 'curves', 'save', 'hold_out', 'draws_of',
-           'winner', 'trial', 'outcome', 'tune']
+           'OverAdam', 'adam', 'pi_control', 'Setting', 'evaluators', 'measurements', 'measure', 'measure_many', 'What',
+           'parts_of', 'run_one', 'members_of', 'in_turn', 'compare', 'last_values', 'table', 'long_table', 'curves',
+           'save', 'hold_out', 'draws_of', 'winner', 'trial', 'outcome', 'tune']
 
 # %% ../nbs/23_compare.ipynb #7df7392f
 def scores(n_groups: int, bound: float, weights: Tensor | None) -> RateGap:
@@ -96,6 +97,24 @@ ALGORITHMS: dict[str, Algorithm] = {
     "decisions": Algorithm("Decisions", OverAdam(Lagrangian), {}, {**STEP, **DUAL, **RHO}, decisions)}
 PAPER = tuple(ALGORITHMS[name] for name in ("adam", "sslalm", "ssw"))     # those of arXiv 2509.21254, Figure 1
 
+# %% ../nbs/23_compare.ipynb #410508f0
+def _check_setting(s):
+    "Refuse what makes no sense"
+    for name in ("seeds", "per_group"):
+        value = getattr(s, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"expected {name} of at least 1, got {value!r}: pass an integer")
+    number = isinstance(s.bound, Real) and not isinstance(s.bound, bool)
+    if not number or not 0 <= s.bound < 1:
+        raise ValueError(f"expected bound in [0, 1), got {s.bound!r}: it is a difference of two rates")
+    if not isinstance(s.anneal, bool):
+        raise ValueError(f"expected anneal as True or False, got {s.anneal!r}: choose one")
+    if s.draws not in (1, 2, 3):
+        raise ValueError(f"expected draws to be 3, 2 or 1, got {s.draws!r}: it counts a step's draws")
+    if s.reference not in ("population", "balanced"):
+        raise ValueError(f"expected reference to be 'population' or 'balanced', got {s.reference!r}: "
+                         "it says what loss and overall rate average over")
+
 # %% ../nbs/23_compare.ipynb #4a21e153
 @dataclass(frozen=True)
 class Setting:
@@ -112,36 +131,61 @@ class Setting:
 
     def __post_init__(self):
         Budget(steps=self.steps, seconds=self.seconds, evaluations=self.evaluations)
-        for name in ("seeds", "per_group"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value!r}: pass an integer")
-        if not 0 <= self.bound < 1:
-            raise ValueError(f"expected bound in [0, 1), got {self.bound!r}: it is a difference of two rates")
-        if self.draws not in (1, 2, 3):
-            raise ValueError(f"expected draws to be 3, 2 or 1, got {self.draws!r}: it counts a step's draws")
-        if self.reference not in ("population", "balanced"):
-            raise ValueError(f"expected reference to be 'population' or 'balanced', got {self.reference!r}: "
-                             "it says what loss and overall rate average over")
+        _check_setting(self)
 
     def how(self) -> dict:
         "What `train` and `train_many` are told besides the budget"
         return {"draws": self.draws, "evaluations": self.evaluations, "anneal": self.anneal}
 
 # %% ../nbs/23_compare.ipynb #1a3f9b5b
+def evaluators(
+    data,                # Has `train`, `test` (batches) and `n_groups`
+    bound: float = 0.05, # Largest gap allowed
+    statistics: Sequence[Callable] = (positive_rate,)  # Whose gaps are measured
+) -> dict[str, list[Evaluator]]:
+    "One for each statistic, by split"
+    return {split: [Evaluator(getattr(data, split), s, n_groups=data.n_groups, bound=bound) for s in statistics]
+            for split in ("train", "test")}
+
+def measurements(
+    evaluations: Mapping[str, Sequence[Evaluation]]    # By split; of several statistics, their gaps follow each other
+) -> dict:
+    "Loss, accuracy, and of each group the gap in scores, the gap in decisions and the rate, by split"
+    joined = lambda evs, part: torch.cat([part(ev) for ev in evs])
+    return {f"{split}_{name}": value for split, evs in evaluations.items() for name, value in (
+        ("loss", evs[0].loss), ("accuracy", evs[0].accuracy), ("gaps", joined(evs, lambda ev: ev.soft.gaps)),
+        ("hard_gaps", joined(evs, lambda ev: ev.hard.gaps)), ("rates", joined(evs, lambda ev: ev.soft.values)))}
+
+# %% ../nbs/23_compare.ipynb #43eddaf4
 def measure(
-    model: nn.Module,   # The network
+    model: nn.Module,    # The network
+    data,                # Has `train`, `test` (batches) and `n_groups`
+    bound: float = 0.05, # Largest gap allowed
+    statistics: Sequence[Callable] = (positive_rate,)  # Whose gaps are measured, one after the other
+) -> dict:
+    "What a record keeps: `measurements` of one network on train and test"
+    looks = evaluators(data, bound, statistics)
+    return measurements({split: [look(model) for look in each] for split, each in looks.items()})
+
+def measure_many(
+    models: Callable,   # S networks: features -> logits of shape (S, n) or (S, n, 1)
     data,               # Has `train`, `test` (batches) and `n_groups`
     bound: float = 0.05 # Largest gap allowed
-) -> dict:
-    "Loss, accuracy, and of each group the gap in scores, the gap in decisions and the rate, on train and test"
-    values = {}
-    for split in ("train", "test"):
-        ev = evaluate(model, getattr(data, split), n_groups=data.n_groups, bound=bound)
-        values |= {f"{split}_loss": ev.loss, f"{split}_accuracy": ev.accuracy,
-                   f"{split}_gaps": ev.soft.gaps, f"{split}_hard_gaps": ev.hard.gaps,
-                   f"{split}_rates": ev.soft.values}
-    return values
+) -> list[dict]:
+    "The same of several networks in one pass over the rows, one a network"
+    splits = {split: look.many(models) for split, (look,) in evaluators(data, bound).items()}
+    return [measurements({k: [ev] for k, ev in zip(splits, one)}) for one in zip(*splits.values(), strict=True)]
+
+# %% ../nbs/23_compare.ipynb #6b8e47a4
+def _check_algorithms(algorithms):
+    "Refuse what is no list of algorithms that can be told apart"
+    is_list = isinstance(algorithms, (list, tuple)) and not isinstance(algorithms, Algorithm)
+    if wrong := [a for a in (algorithms if is_list else [algorithms]) if not is_list or not isinstance(a, Algorithm)]:
+        raise TypeError(f"expected a list of algorithms, got {wrong[0]!r:.60}: pass [ALGORITHMS['sslalm'], ...], "
+                        "or Algorithm('mine', make) in it")
+    labels = [a.label for a in algorithms]
+    if len({*labels}) < len(labels) or not labels:
+        raise ValueError(f"expected algorithms with different labels, got {labels}: give each its own")
 
 # %% ../nbs/23_compare.ipynb #f6df7445
 class What:
@@ -167,47 +211,55 @@ def parts_of(
     network: Callable[[int], nn.Module],  # `network(seed)` makes the network
     algorithm: Algorithm,                 # What to train with
     seed: int,                            # Of network and batches
-    setting: Setting = Setting()          # What all algorithms share
+    setting: Setting = Setting(),         # What all algorithms share
+    measured: Callable = measure          # `measured(model, data, bound)`: what to record, under the names of `measure`
 ) -> dict:
     "What `train` is given for one run, by name"
+    _check_algorithms([algorithm])
     streams = Streams(*data.train, per_group=setting.per_group, seed=seed)
     weights = streams.weights if setting.reference == "population" else None
     gaps = algorithm.constraints(data.n_groups, setting.bound, weights)
     model = network(seed)
     seeded = {"seed": seed} if "seed" in inspect.signature(algorithm.make).parameters else {}
     opt = algorithm.make(model.parameters(), gaps.m, **seeded, **algorithm.options)
+    looks = evaluators(data, setting.bound)                    # which keep what they know of the rows
+    look = lambda: measurements({split: [one(model) for one in each] for split, each in looks.items()})
     return {"model": model, "opt": opt, "loss": WeightedBCE(weights), "gaps": gaps, "streams": streams,
-            "evaluate": lambda: measure(model, data, setting.bound), "parts": {"what": What(algorithm, setting)}}
+            "evaluate": look if measured is measure else lambda: measured(model, data, setting.bound),
+            "parts": {"what": What(algorithm, setting)}}
 
+# %% ../nbs/23_compare.ipynb #2703ebaf
 def run_one(
     data,                                 # Has `train`, `test` (batches) and `n_groups`
     network: Callable[[int], nn.Module],  # `network(seed)` makes the network
     algorithm: Algorithm,                 # What to train with
     seed: int,                            # Of network and batches
     setting: Setting = Setting(),         # What all algorithms share
+    measured: Callable = measure,         # What to record, as for `parts_of`
     **kw                                  # More for `train`, such as a checkpoint
 ) -> tuple[Run, nn.Module]:
     "Train one algorithm from one seed; the run and the trained network"
-    parts = parts_of(data, network, algorithm, seed, setting)
+    parts = parts_of(data, network, algorithm, seed, setting, measured)
     with torch.random.fork_rng(devices=[]):                   # what the network draws itself, for dropout say
         torch.manual_seed(seed)
         run = train(**parts, steps=setting.steps, seconds=setting.seconds, **setting.how(), **kw)
     return run, parts["model"]
 
 # %% ../nbs/23_compare.ipynb #b91d0599
-def members_of(data, network, jobs: list[tuple[int, Algorithm]], setting: Setting, files: list) -> list[dict]:
+def members_of(data, network, jobs: list[tuple[int, Algorithm]], setting: Setting, files: list,
+               measured: Callable = measure) -> list[dict]:
     "The runs, for `train_many`: one for each seed and algorithm"
-    return [{**parts_of(data, network, a, seed, setting), "name": f"{a.label}, seed {seed}", "seed": seed,
-             "checkpoint": file} for (seed, a), file in zip(jobs, files, strict=True)]
+    return [{**parts_of(data, network, a, seed, setting, measured), "name": f"{a.label}, seed {seed}",
+             "seed": seed, "checkpoint": file} for (seed, a), file in zip(jobs, files, strict=True)]
 
 def in_turn(data, network, jobs: list[tuple[int, Algorithm]], setting: Setting, files: list, resume: bool,
-            progress: bool) -> list[Run]:
+            progress: bool, measured: Callable = measure) -> list[Run]:
     "Train one after another; after Ctrl-C no other begins"
     runs = []
     for (seed, a), file in zip(jobs, files, strict=True):
         title = f"{a.label}, seed {seed} ({len(runs) + 1} of {len(jobs)})"
-        run, _ = run_one(data, network, a, seed, setting, checkpoint=file, progress=title if progress else False,
-                         resume=resume and file is not None and file.exists())
+        run, _ = run_one(data, network, a, seed, setting, measured, checkpoint=file,
+                         progress=title if progress else False, resume=resume and file is not None and file.exists())
         runs.append(run)
         if run.interrupted:
             break
@@ -222,19 +274,19 @@ def compare(
     folder: str | Path | None = None,                     # Where each run keeps its checkpoint
     resume: bool = False,                                 # Go on from the checkpoints that are there
     progress: bool = True,                                # Show a bar for each run
+    measured: Callable = measure,                         # What to record, as for `run_one`
     many: Callable | None = None                          # `train_many` of `hctrain.ensemble`: all at once, in steps
 ) -> dict[str, list[Run]]:
     "Train every algorithm from every seed; runs by label. After Ctrl-C the last run says that it is not finished"
-    if len({a.label for a in algorithms}) < len(algorithms) or not algorithms:
-        raise ValueError(f"expected algorithms with different labels, got {[a.label for a in algorithms]}")
+    _check_algorithms(algorithms)
     jobs = [(seed, a) for seed in range(setting.seeds) for a in algorithms]
     files = [None if folder is None else Path(folder) / f"{re.sub('[^a-z0-9.=]+', '-', a.label.lower())}-{seed}.pt"
              for seed, a in jobs]
     if many and setting.steps:
-        done = many(members_of(data, network, jobs, setting, files), steps=setting.steps, **setting.how(),
+        done = many(members_of(data, network, jobs, setting, files, measured), steps=setting.steps, **setting.how(),
                     resume=resume and folder is not None, progress=progress)
     else:
-        done = in_turn(data, network, jobs, setting, files, resume, progress)
+        done = in_turn(data, network, jobs, setting, files, resume, progress, measured)
     runs = {a.label: [] for a in algorithms}
     for (_, a), run in zip(jobs, done):
         runs[a.label].append(run)

@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ['unread', 'Rates', 'flat_logits', 'readable', 'binary_labels', 'check_codes', 'group_sum', 'hard_decision',
            'positive_rate', 'true_positive_rate', 'false_positive_rate', 'accuracy', 'loss_rate', 'smoothed_step',
            'Sharpened', 'reference_rate', 'Carry', 'GroupWeights', 'GapMatrix', 'RateGap', 'MeanGap', 'Proxy',
-           'true_values', 'WeightedBCE', 'fairret_rate']
+           'true_values', 'AllOf', 'WeightedBCE', 'fairret_rate']
 
 # %% ../nbs/01_constraints.ipynb #2715fc0f
 class Rates(NamedTuple):
@@ -54,6 +54,8 @@ def flat_logits(
     out: Tensor,  # Logits, shape (n,) or (n, 1)
 ) -> Tensor:
     "Logits as a vector of shape (n,), in float32 or float64"
+    if not isinstance(out, Tensor):
+        raise TypeError(f"expected logits as a tensor, got {type(out).__name__}: pass the network's output")
     if out.dim() == 2 and out.shape[1] == 1:
         out = out.squeeze(1)
     if out.dim() != 1 or not out.is_floating_point():
@@ -74,15 +76,21 @@ def readable(t: Tensor) -> bool:
     "Whether a check may read `t` back: on the CPU, in eager mode, outside `torch.func` transforms and recordings"
     return t.is_cpu and not unread and not torch.compiler.is_compiling() and not _wrapped(t)
 
+
+def _comes_again(g: Tensor, t: Tensor) -> bool:
+    "Whether what is known of the codes `g` may be kept: they are marked, and the step with `t` is a plain one"
+    return getattr(g, "comes_again", False) and not torch.compiler.is_compiling() and not _wrapped(t)
+
 # %% ../nbs/01_constraints.ipynb #214842b7
 def binary_labels(
     y: Tensor | None,  # Labels 0 or 1, shape (n,)
     z: Tensor,         # Logits, shape (n,)
 ) -> Tensor:
     "Labels in the dtype of the logits; anything but 0 and 1 is refused where it can be read"
-    if y is None or y.shape != z.shape:
-        got = "none" if y is None else f"shape {tuple(y.shape)}"
-        raise ValueError(f"expected labels of shape {tuple(z.shape)}, one a logit, got {got}: pass batch.y as a vector")
+    if not isinstance(y, Tensor) or y.shape != z.shape:
+        got = "none" if y is None else f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"expected labels of shape {tuple(z.shape)}, one a logit, got {got}: "
+                         "pass batch.y as a vector, a tensor")
     y = y if y.dtype == z.dtype else y.to(z.dtype)
     if readable(y) and not torch.equal(y, y * y):
         bad = y[(y != 0) & (y != 1)][0].item()
@@ -307,6 +315,19 @@ class Carry:
         check_state(state, self.n_groups)
         self.last = Rates(*(state[k].clone() for k in Rates._fields)) if state else None
 
+# %% ../nbs/01_constraints.ipynb #e987eca8
+def weight_vector(weights, n_groups: int | None) -> Tensor:
+    "Weights of the groups as a tensor of its own in float64, after checks"
+    try:
+        w = torch.as_tensor(weights).detach().to("cpu", torch.float64, copy=True)
+    except (TypeError, ValueError, RuntimeError):
+        w = None
+    good = w is not None and w.dim() == 1 and len(w) == (n_groups or len(w)) and bool(((w > 0) & w.isfinite()).all())
+    if not good:
+        raise ValueError(f"expected weights of shape ({n_groups or 'G'},), positive and finite, got "
+                         f"{weights if w is None else w.tolist()!r}: pass sampler.weights")
+    return w
+
 # %% ../nbs/01_constraints.ipynb #42902206
 class GroupWeights:
     "One positive weight a group: `w(t)` gives them in the dtype and on the device of `t`"
@@ -314,16 +335,23 @@ class GroupWeights:
         weights: Tensor | Sequence[float],  # Inverse-propensity weights, shape (G,)
         n_groups: int | None = None,        # Number of groups, where it is known
     ):
-        w = torch.as_tensor(weights).detach().to("cpu", torch.float64, copy=True)
-        if w.dim() != 1 or (n_groups is not None and len(w) != n_groups) or not bool(((w > 0) & w.isfinite()).all()):
-            raise ValueError(f"expected weights of shape ({n_groups or 'G'},), positive and finite, got {w.tolist()}: "
-                             "pass sampler.weights")
-        self.exact = self.cast = w
+        self.exact = self.cast = weight_vector(weights, n_groups)
+        self.codes, self.version, self.kept = None, -1, None
 
     def __call__(self, t: Tensor) -> Tensor:
         if self.cast.dtype != t.dtype or self.cast.device != t.device:
             self.cast = self.exact.to(t)
         return self.cast
+
+    def rows(self, g: Tensor, t: Tensor) -> Tensor:
+        "The weight of each row, shape (n,); kept for codes that come again"
+        if g is self.codes and g._version == self.version and self.kept.dtype == t.dtype and g.shape == t.shape:
+            return self.kept
+        check_codes(g, t)
+        rows = self(t).index_select(0, g)
+        if _comes_again(g, t):
+            self.codes, self.version, self.kept = g, g._version, rows
+        return rows
 
 # %% ../nbs/01_constraints.ipynb #c5461ff0
 def check_reference(reference, n_groups: int, weights) -> None:
@@ -358,7 +386,7 @@ def check_gap(statistic, n_groups, bound, absent) -> None:
 # %% ../nbs/01_constraints.ipynb #959eeebc
 def check_rows(rows: Tensor) -> None:
     "Raise ValueError for a batch without rows"
-    if not rows.numel():
+    if isinstance(rows, Tensor) and not rows.numel():
         raise ValueError("expected at least one row, got an empty batch: draw one with rows, or leave the step out")
 
 
@@ -391,11 +419,11 @@ class GapMatrix:
         p = statistic.rows(out, batch.y, hard) if hasattr(statistic, "rows") else None
         if p is None or (D := self(batch.g, p)) is None:
             return None
-        return D @ p if isinstance(self.reference, (str, Integral)) else D @ p - self.reference
+        return D.mv(p) if isinstance(self.reference, (str, Integral)) else D.mv(p) - self.reference
 
     def __call__(self, g: Tensor, p: Tensor) -> Tensor | None:
         "D in the dtype of `p`, shape (G, n), or None"
-        if torch.compiler.is_compiling() or _wrapped(p) or not getattr(g, "comes_again", False) or g.shape != p.shape:
+        if not _comes_again(g, p) or g.shape != p.shape:
             return None
         if g is not self.codes or g._version != self.version or self.matrix.dtype != p.dtype:
             self.codes, self.version, self.matrix = g, g._version, self.make(g, p)
@@ -486,6 +514,14 @@ class RateGap:
         return (f"RateGap({_name(self.statistic)}, n_groups={self.n_groups}, bound={self.bound:g}, "
                 f"reference={self.reference!r}{options}, absent={self.absent!r})")
 
+# %% ../nbs/01_constraints.ipynb #6aa0bb40
+def check_pair(reference) -> tuple[Tensor, Tensor]:
+    "The two means of a reference, if they are that"
+    if not isinstance(reference, tuple) or len(reference) != 2 or not all(isinstance(t, Tensor) for t in reference):
+        raise TypeError(f"expected the two means of a reference, got {reference!r}: pass gaps.reference_of(out0, "
+                        "batch0), or fix a value in MeanGap(reference=...)")
+    return reference
+
 # %% ../nbs/01_constraints.ipynb #b7ad46f0
 class MeanGap:
     "Two-sided gaps that are means over rows, for any statistic and any way of drawing batches, Eq. (8)"
@@ -510,9 +546,12 @@ class MeanGap:
     def means(self, out: Tensor, batch) -> tuple[Tensor, Tensor]:
         "Means of k v and of k, times G, by group, shape (G,) each"
         check_rows(out)
-        rates = self.statistic(out, batch.g, batch.y, self.n_groups, hard=self.hard)
+        return self.means_of(self.statistic(out, batch.g, batch.y, self.n_groups, hard=self.hard), len(out))
+
+    def means_of(self, rates: Rates, n: int | Tensor) -> tuple[Tensor, Tensor]:
+        "The same two means, of sums and counts over n rows that may have been added up elsewhere"
         check_values(rates.sums, self.statistic, rates, "skip")
-        return rates.sums * (self.n_groups / len(out)), rates.counts * (self.n_groups / len(out))
+        return rates.sums * (self.n_groups / n), rates.counts * (self.n_groups / n)
 
     def reference_of(self, out: Tensor, batch) -> tuple[Tensor, Tensor]:
         "The overall rate of other rows as two means, sigma and kappa"
@@ -525,14 +564,35 @@ class MeanGap:
         if (reference is None) == (self.reference is None):
             raise ValueError(f"expected one reference, got {'none' if reference is None else 'two'}: fix a value in "
                              "MeanGap(reference=...), or pass gaps.reference_of(out0, batch0) to the call")
-        kv, k = self.means(out, batch)
-        sigma, kappa = (self.reference, 1.0) if reference is None else reference
+        reference = (self.reference, 1.0) if reference is None else check_pair(reference)
+        return self.from_means(*self.means(out, batch), *reference)
+
+    def from_means(self, kv: Tensor, k: Tensor, sigma: Tensor | float, kappa: Tensor | float) -> Tensor:
+        "Constraints of the means of k v and k by group, and of the reference, shape (2 G,)"
         over, slack = kappa * kv - sigma * k, kappa * self.bound * k
         return torch.cat([over - slack, -over - slack])
 
     def __repr__(self) -> str:
         return (f"MeanGap({_name(self.statistic)}, n_groups={self.n_groups}, bound={self.bound:g}, "
                 f"reference={self.reference!r}{', hard=True' if self.hard else ''})")
+
+# %% ../nbs/01_constraints.ipynb #e4ede254
+def check_proxy(surrogate, true) -> tuple:
+    "Both, and their number m, if both are constraints, and as many"
+    for gaps in (surrogate, true):
+        if not callable(gaps) or not hasattr(gaps, "m"):
+            raise TypeError(f"expected constraints such as a RateGap, got {_name(gaps)}: make one of it first")
+    if surrogate.m != true.m:
+        raise ValueError(f"expected as many true constraints as surrogates, {surrogate.m}, got {true.m}: "
+                         "make both with the same groups and the same two_sided")
+    return surrogate, true, surrogate.m
+
+
+def check_halves(state) -> None:
+    "Raise ValueError unless this is the state of a Proxy"
+    if not isinstance(state, dict) or state.keys() != {"surrogate", "true"}:
+        got = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"expected a state with surrogate and true, got {got}: load the state of a Proxy")
 
 # %% ../nbs/01_constraints.ipynb #103131ac
 class Proxy:
@@ -541,10 +601,7 @@ class Proxy:
         surrogate: RateGap,  # Differentiable: `gaps(out, batch)`
         true: RateGap,       # What is meant: as many values of the same constraints, without gradient
     ):
-        if surrogate.m != true.m:
-            raise ValueError(f"expected as many true constraints as surrogates, {surrogate.m}, got {true.m}: "
-                             "make both with the same groups and the same two_sided")
-        self.surrogate, self.true, self.m = surrogate, true, surrogate.m
+        self.surrogate, self.true, self.m = check_proxy(surrogate, true)
 
     def __call__(self, out: Tensor, batch) -> Tensor:
         "The surrogate's constraints of one batch"
@@ -555,9 +612,15 @@ class Proxy:
         return {"surrogate": self.surrogate.state_dict(), "true": self.true.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        "Restore what `state_dict` gave"
+        "Restore what `state_dict` gave; a state that does not fit is refused and changes nothing"
+        check_halves(state)
+        before = self.surrogate.state_dict()
         self.surrogate.load_state_dict(state["surrogate"])
-        self.true.load_state_dict(state["true"])
+        try:
+            self.true.load_state_dict(state["true"])
+        except ValueError:
+            self.surrogate.load_state_dict(before)
+            raise
 
     def __repr__(self) -> str:
         return f"Proxy({self.surrogate}, true={self.true})"
@@ -565,8 +628,63 @@ class Proxy:
 # %% ../nbs/01_constraints.ipynb #6c691427
 def true_values(gaps: Callable, out: Tensor, batch) -> Tensor:
     "Constraint values for the multipliers: the true ones of a proxy, those of `gaps` otherwise; no gradient"
+    values = getattr(gaps, "true", gaps)
+    if not torch.is_grad_enabled():
+        return values(out, batch)
     with torch.no_grad():
-        return getattr(gaps, "true", gaps)(out, batch)
+        return values(out, batch)
+
+# %% ../nbs/01_constraints.ipynb #e8b54e8b
+def check_parts(parts) -> None:
+    "Raise ValueError for parts of `AllOf` that cannot be meant"
+    if bad := [_name(p) for p in parts if not callable(p) or not isinstance(getattr(p, "m", None), Integral)]:
+        raise ValueError(f"expected constraints that know their number m, got {', '.join(bad)}: "
+                         "pass RateGap, or give your function an attribute m")
+    if len(parts) < 2:
+        raise ValueError(f"expected two parts or more, got {len(parts)}: one part needs no AllOf")
+
+
+def load_parts(whole, state) -> None:
+    "Load a state into each part; refused by one, it changes none"
+    before = whole.state_dict()
+    if not isinstance(state, dict) or state.keys() != before.keys():
+        got = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"expected the states of parts {sorted(before)}, got {got}: load the state of the same parts")
+    try:
+        for i, part in state.items():
+            whole.parts[int(i)].load_state_dict(part)
+    except Exception:
+        for i, part in before.items():
+            whole.parts[int(i)].load_state_dict(part)
+        raise
+
+# %% ../nbs/01_constraints.ipynb #0e960055
+class AllOf:
+    "Constraints of several parts as one vector, such as two rates a group: `AllOf(gaps, more)(out, batch)`"
+    def __init__(self,
+        *parts,  # Two or more of `RateGap`, `MeanGap`, `Proxy`, or anything that is called alike and has `m`
+    ):
+        check_parts(parts)
+        self.parts, self.m = parts, sum(p.m for p in parts)
+        self.is_mean = all(getattr(p, "is_mean", False) for p in parts)
+        self.weights = next((w for p in parts if (w := getattr(p, "weights", None)) is not None), None)
+        if any(hasattr(p, "true") for p in parts):
+            self.true = AllOf(*(getattr(p, "true", p) for p in parts))
+
+    def __call__(self, out: Tensor, batch) -> Tensor:
+        "Constraints of one batch, shape (m,)"
+        return torch.cat([p(out, batch) for p in self.parts])
+
+    def state_dict(self) -> dict[str, dict]:
+        "What the parts carry, by their place"
+        return {str(i): p.state_dict() for i, p in enumerate(self.parts) if hasattr(p, "state_dict")}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        "Restore what `state_dict` gave; a state that does not fit is refused and changes nothing"
+        load_parts(self, state)
+
+    def __repr__(self) -> str:
+        return f"AllOf({', '.join(map(str, self.parts))})"
 
 # %% ../nbs/01_constraints.ipynb #0e1bc6e6
 class WeightedBCE:
@@ -583,13 +701,13 @@ class WeightedBCE:
         check_rows(y)
         if self.weights is None:
             return F.binary_cross_entropy_with_logits(z, y)
-        w = self.weights(z)
-        check_codes(batch.g, z)
         try:
-            return F.binary_cross_entropy_with_logits(z, y, weight=w.index_select(0, batch.g))
+            w = self.weights.rows(batch.g, z)
         except IndexError:
-            raise ValueError(f"expected group codes in 0..{len(w) - 1}, got codes from {int(batch.g.min())} "
-                             f"to {int(batch.g.max())}: pass as many weights as there are groups") from None
+            low, high, n = int(batch.g.min()), int(batch.g.max()), len(self.weights.exact)
+            raise ValueError(f"expected group codes in 0..{n - 1}, got codes from {low} to {high}: "
+                             "pass as many weights as there are groups") from None
+        return F.binary_cross_entropy_with_logits(z, y, weight=w)
 
     def __repr__(self) -> str:
         return f"WeightedBCE({'' if self.weights is None else [round(w, 4) for w in self.weights.exact.tolist()]})"
