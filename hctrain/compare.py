@@ -140,6 +140,7 @@ def measurements(
         ("loss", ev.loss), ("accuracy", ev.accuracy), ("gaps", ev.soft.gaps), ("hard_gaps", ev.hard.gaps),
         ("rates", ev.soft.values))}
 
+# %% ../nbs/23_compare.ipynb #128ca500
 def measure(
     model: nn.Module,   # The network
     data,               # Has `train`, `test` (batches) and `n_groups`
