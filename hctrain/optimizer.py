@@ -253,6 +253,8 @@ def plain(
         return {k: plain(v) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(plain(v) for v in tree)
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()                       # of a view only what is seen of it
     return tree.item() if isinstance(tree, np.generic) else copy.deepcopy(tree)
 
 # %% ../nbs/04_optimizer.ipynb #ad82c476
