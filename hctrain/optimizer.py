@@ -25,8 +25,8 @@ from torch.optim import optimizer as torch_optimizer
 from .problem import Battery, Toy, leaves, require, same, toys
 
 # %% auto #0
-__all__ = ['RULES', 'INNER', 'check_numbers', 'check_choice', 'is_finite', 'check_finite', 'Descent', 'Ascent', 'spoiled',
-           'masked', 'plain', 'Multipliers', 'listed', 'ConstrainedOptimizer', 'solve', 'SkipNonFinite',
+__all__ = ['RULES', 'INNER', 'check_numbers', 'check_choice', 'is_finite', 'check_finite', 'without_grad', 'Descent', 'Ascent',
+           'spoiled', 'masked', 'plain', 'Multipliers', 'listed', 'ConstrainedOptimizer', 'solve', 'SkipNonFinite',
            'check_optimizer']
 
 # %% ../nbs/04_optimizer.ipynb #77a225b1
@@ -71,6 +71,17 @@ def check_finite(
                                  "this call changed nothing; look at this batch, lower the step sizes or "
                                  "clip the gradient")
 
+# %% ../nbs/04_optimizer.ipynb #052f36c2
+def without_grad(
+    function: Callable  # Any function
+) -> Callable:
+    "`torch.no_grad` as a decorator that costs nothing where gradients are off already"
+    outside = torch.no_grad()(function)
+    @functools.wraps(function)
+    def either(*args, **kwargs):
+        return (outside if torch.is_grad_enabled() else function)(*args, **kwargs)
+    return either
+
 # %% ../nbs/04_optimizer.ipynb #9ff17282
 class Descent(torch.optim.Optimizer):
     "Plain gradient descent, x ← x − τ G, with τ as the `lr` of each group"
@@ -93,7 +104,7 @@ class Descent(torch.optim.Optimizer):
     def __getstate__(self):
         return {**super().__getstate__(), "known": self.known}
 
-    @torch.no_grad()
+    @without_grad
     def step(self, closure: Callable | None = None) -> Tensor | None:
         "Descend along `.grad`"
         loss = None if closure is None else torch.enable_grad()(closure)()
@@ -570,7 +581,7 @@ class ConstrainedOptimizer(_Values, _Mask, _Losses, _Finite, _FiniteScalar, _Fin
         self.device, self.dtype = p.device, torch.promote_types(p.dtype, torch.float32)
         self.deferred = p.device.type != "cpu"
         self._failed = torch.zeros((), dtype=torch.bool, device=p.device)
-        self._found, self._one = torch.zeros(1, device=p.device), torch.ones(1, device=p.device)
+        self._found, self._one = torch.zeros((), device=p.device), torch.ones((), device=p.device)
 
     def zeros(self) -> Tensor:
         "A vector of shape (m,) beside the parameters, in float32 or better"
