@@ -36,6 +36,7 @@ from hctrain.replay import (
 )
 from .sampling import RandomStreams, Streams
 from hctrain.train import (
+    Alone,
     Anneal,
     Budget,
     Checkpoint,
@@ -637,8 +638,8 @@ class Going(_Counting):
         "Get ready to look"
         self.clock = Share(clock, runs, self.past)
         settled = types.SimpleNamespace(settle=lambda: None)           # the stack does it for all
-        told = teller(self.m.model, self.m.opt, self.skipping if self.nonfinite == "skip" else None, settled)
-        self.looks = _Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar)
+        told = teller(self.m.model, self.m.opt, self.skipping if self.nonfinite == "skip" else None, settled, Alone())
+        self.looks = _Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar, Alone())
 
 # %% ../nbs/40_ensemble.ipynb #f474bae0
 def each(going: list[Going], act: Callable) -> None:
