@@ -26,7 +26,7 @@ from . import train as loop
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, plain
 from .replay import Recording, Replay, compile_recording, is_constant, leaves_of
 from .sampling import RandomStreams, Streams
-from .train import Anneal, Budget, Checkpoint, Clock, Progress, Record, Run
+from .train import Alone, Anneal, Budget, Checkpoint, Clock, Progress, Record, Run
 
 # %% auto #0
 __all__ = ['RULES', 'METHODS', 'PLAIN', 'FIRST', 'ROWS', 'batched', 'flipped', 'the_other_way', 'shortened', 'spoken', 'Member',
@@ -643,8 +643,8 @@ class Going(_Counting):
         "Get ready to look"
         self.clock = Share(clock, runs, self.past)
         settled = types.SimpleNamespace(settle=lambda: None)           # the stack does it for all
-        told = loop.teller(self.m.model, self.m.opt, self.skipping if self.nonfinite == "skip" else None, settled)
-        self.looks = loop._Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar)
+        told = loop.teller(self.m.model, self.m.opt, self.skipping if self.nonfinite == "skip" else None, settled, Alone())
+        self.looks = loop._Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar, Alone())
 
 # %% ../nbs/40_ensemble.ipynb #f474bae0
 def each(going: list[Going], act: Callable) -> None:
