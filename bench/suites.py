@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch.utils.data import DataLoader
 
-from hctrain import Batch, Streams
+from hctrain import SSLALM, Batch, Streams, WeightedBCE
 from hctrain.acs import network
 from hctrain.compare import PAPER, Setting, compare
 from hctrain.ghost import backward_passes, ghost_direction
@@ -43,6 +43,44 @@ def step(effort: Effort) -> Figures:
             yield table or "step", f"5 x {per_group}", row, f
 
 
+def pieces(task: Task) -> Iterator[str]:
+    "A step of SSL-ALM with one draw, for ever; says what it has just done"
+    net, gaps, loss, streams = task.net(), ours.gaps_of(task), WeightedBCE(), task.streams()
+    opt = SSLALM(net.parameters(), gaps.m)
+    while True:
+        b, = streams.draw(1)
+        yield "batch"
+        f = loss(out := net(b.x), b)
+        yield "network, loss"
+        c = gaps(out, b)
+        yield "constraints"
+        opt.zero_grad()
+        opt.dual_step(c.detach())
+        yield "dual_step"
+        L = opt.lagrangian(f, c)
+        yield "lagrangian"
+        L.backward()
+        yield "backward"
+        opt.step()
+        yield "step"
+
+
+def anatomy(effort: Effort) -> Figures:
+    "Where the time of a step goes"
+    for per_group in (8, 128):
+        task = Task(per_group=per_group)
+        unit, walk, spent = plain(task).step, pieces(task), {}
+        for _ in range(7 * 40):
+            next(walk)
+        for _ in range(effort.rounds):
+            one = cpu(unit, 20)
+            for _ in range(7 * 20):
+                t = time.process_time()
+                spent.setdefault(next(walk), []).append((time.process_time() - t) / one)
+        for row, values in spent.items():
+            yield "anatomy", f"5 x {per_group}", row, figure(values, "Adam")
+
+
 def constraints(effort: Effort) -> Figures:
     "Growth with the number of constraints, on batches of 2,000 rows whatever that number"
     for m in (5, 50, 200, 500):
@@ -61,7 +99,7 @@ def weights(effort: Effort) -> Figures:
             yield "weights", f"n = {size}", row, f
 
 
-# --------------------------------------------------------------- memory and imports
+# ------------------------------------------------------------------------ memory
 BUILD = {  # how to make a step, in a fresh interpreter
     UNIT: "plain(task)", SGD: "plain(task, torch.optim.SGD)",
     **{n: f"ours.step_of(task, *ours.METHODS[{n!r}])" for n in ours.METHODS},
@@ -83,11 +121,9 @@ print((peak() - before) * 256 / sum(p.numel() for p in task.net().parameters()))
 
 def memory(effort: Effort) -> Figures:
     "Peak floats for each weight of a network of 10 million, the weights themselves included"
-    size = "100k" if effort.tiny else "10M"
-    for row, build in BUILD.items():
-        if row in peers.STEPS and not peers.INSTALLED:
-            continue
-        values = [fresh(MEMORY.format(size=size, build=build)) for _ in range(effort.repeats)]
+    size, wanted = ("100k", [SGD]) if effort.tiny else ("10M", list(BUILD))
+    for row in (r for r in wanted if peers.INSTALLED or r not in peers.STEPS):
+        values = [fresh(MEMORY.format(size=size, build=BUILD[row])) for _ in range(effort.repeats)]
         yield "memory", f"n = {size}", row, figure(values, "floats")
 
 
@@ -97,7 +133,7 @@ THEIRS = {peers.HCT: "humancompatible.train.dual_optim", peers.COOPER: "cooper",
 
 def imports(effort: Effort) -> Figures:
     "CPU seconds of an import in a fresh interpreter"
-    names = {**IMPORTS, **(THEIRS if peers.INSTALLED else {})}
+    names = {"torch": "torch"} if effort.tiny else {**IMPORTS, **(THEIRS if peers.INSTALLED else {})}
     code = "import time; t = time.process_time(); import {}; print(time.process_time() - t)"
     times = {row: [] for row in names}
     for _ in range(effort.repeats):
@@ -204,4 +240,5 @@ def to_target(effort: Effort) -> Figures:
         yield "target", "synthetic" if data.synthetic else "Virginia", row, figure(values, "s", cap=cap)
 
 
-SUITES = {f.__name__: f for f in (step, constraints, weights, memory, imports, sampling, ghost, runs, to_target)}
+SUITES = {f.__name__: f for f in
+          (step, anatomy, constraints, weights, memory, imports, sampling, ghost, runs, to_target)}
