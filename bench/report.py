@@ -41,11 +41,16 @@ def save(result: dict, folder: Path) -> Path:
     return file
 
 
+def load(file: Path) -> dict:
+    "Read a result"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def before(folder: Path) -> dict | None:
     "The newest result in a folder, else the one that the chapter shows"
     files = sorted(folder.glob("bench-*.json"))
     files = [f for f in files if not f.stem.endswith("-tiny")] or ([REFERENCE] if REFERENCE.exists() else [])
-    return json.loads(files[-1].read_text(encoding="utf-8")) if files else None
+    return load(files[-1]) if files else None
 
 
 def flat(result: dict | None) -> dict[tuple[str, str, str], dict]:

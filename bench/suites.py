@@ -123,7 +123,8 @@ def memory(effort: Effort) -> Figures:
     "Peak floats for each weight of a network of 10 million, the weights themselves included"
     size, wanted = ("100k", [SGD]) if effort.tiny else ("10M", list(BUILD))
     for row in (r for r in wanted if peers.INSTALLED or r not in peers.STEPS):
-        values = [fresh(MEMORY.format(size=size, build=BUILD[row])) for _ in range(effort.repeats)]
+        code = MEMORY.format(size=size, build=BUILD[row])
+        values = [fresh(code) for _ in range(3 if effort.full else 1)]
         yield "memory", f"n = {size}", row, figure(values, "floats")
 
 
@@ -227,17 +228,18 @@ def runs(effort: Effort) -> Figures:
 
 def to_target(effort: Effort) -> Figures:
     "CPU seconds until the target on real Virginia, with the winner of a library's trials, on seeds of their own"
-    data = target.virginia()
-    points = target.WINNERS
+    data, points, times = target.virginia(), target.WINNERS, {}
     if effort.full:
-        points = {library: target.tune(library, data)[0] for library in target.libraries()}
-    cap, times = 0.1 if effort.tiny else 60., {}
+        points = {row: target.tune(row, data)[0] for row in target.readings()}
+    cap = 0.1 if effort.tiny else 60.
     for seed in range(100, 100 + effort.seeds):
-        for row, library, options in target.readings():
-            looks = target.race(library, data, points[library], seed, cap, **options)
+        for row in target.readings():
+            library, options = target.READINGS[row]
+            looks = target.race(library, data, points[row], seed, cap, **options)
             times.setdefault(row, []).append(looks.reached or cap)
     for row, values in times.items():
-        yield "target", "synthetic" if data.synthetic else "Virginia", row, figure(values, "s", cap=cap)
+        more = {"point": points[row]._asdict(), "missed": sum(v == cap for v in values)}
+        yield "target", "synthetic" if data.synthetic else "Virginia", row, figure(values, "s", **more)
 
 
 SUITES = {f.__name__: f for f in

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from hctrain import SSLALM, Lagrangian, RandomStreams, RateGap, Streams, WeightedBCE, positive_rate
+from hctrain import Lagrangian, RandomStreams, RateGap, Streams, WeightedBCE, positive_rate
 from hctrain.acs import load_acs, network
 from hctrain.compare import Algorithm, draws_of
 from hctrain.train import train
@@ -76,9 +76,14 @@ def virginia():
 
 # -------------------------------------------------------------------- libraries
 METHODS: dict[str, tuple[str, ...]] = {
-    OURS: ("ALM", "SSL-ALM"),
+    OURS: ("ALM, HPR", "ALM, quadratic"),
     peers.HCT: ("ALM, HPR", "ALM, quadratic"),
     peers.COOPER: ("simultaneous", "alternating")}
+
+
+def form(p: Point) -> str:
+    "The name of the augmented Lagrangian, the same in both libraries"
+    return p.method.removeprefix("ALM, ").lower()
 
 
 def ours(net, data, p: Point, seed: int, looks: Looks, **options) -> None:
@@ -88,8 +93,7 @@ def ours(net, data, p: Point, seed: int, looks: Looks, **options) -> None:
     gaps = RateGap(positive_rate, data.n_groups, BOUND, "population" if p.balanced else "batch", two_sided=p.signed,
                    absent="error" if p.balanced else "skip", weights=streams.weights)
     adam = torch.optim.Adam(net.parameters(), lr=p.lr)
-    opt = (SSLALM(adam, gaps.m, dual_lr=p.dual_lr, rho=p.rho, mu=0.1) if p.method == "SSL-ALM" else
-           Lagrangian(adam, gaps.m, dual_lr=p.dual_lr, rho=p.rho))
+    opt = Lagrangian(adam, gaps.m, dual_lr=p.dual_lr, rho=p.rho, form=form(p))
     train(net, opt, WeightedBCE(streams.weights), gaps, streams, steps=p.steps(len(data.train.y)), draws=1, anneal=True,
           evaluate=lambda: looks(net), evaluations=max(1, round(2 * p.epochs)), progress=False, **options)
 
@@ -145,8 +149,7 @@ def peer(library: str, net, data, p: Point, seed: int, looks: Looks, as_used: bo
         step = peers.cooper(net, batches, values, m, adam, p.dual_lr, p.rho, p.method == "alternating")
     else:
         from humancompatible.train.dual_optim import ALM
-        form = "quadratic" if "quadratic" in p.method else "hpr"
-        dual = ALM(m=m, lr=p.dual_lr, penalty=p.rho, is_ineq=True, augmentation=form)
+        dual = ALM(m=m, lr=p.dual_lr, penalty=p.rho, is_ineq=True, augmentation=form(p))
         step = peers.humancompatible(net, batches, values, dual, adam)
     every = max(1, round(len(data.train.y) / p.batch / 2))
     for k in range(1, steps + 1):
@@ -171,6 +174,26 @@ def race(library: str, data, p: Point, seed: int, cap: float = 60., **options) -
 
 
 # ----------------------------------------------------------------------- tuning
+USED, LENT = "as used", "our batches and rates"
+READINGS: dict[str, tuple[str, dict]] = {  # row of the table: library, and how it is run
+    "hctrain, eager": (OURS, {}),
+    **{f"{library}, {how}": (library, {"as_used": how == USED})
+       for library in (peers.HCT, peers.COOPER) for how in (USED, LENT)}}
+
+WINNERS: dict[str, Point] = {              # what `tune` found on real Virginia; `make bench-full` looks again
+    "hctrain, eager": Point("ALM, quadratic", 0.047, 0.047, 3.6, 2600, 64.),
+    f"{peers.HCT}, {USED}": Point("ALM, quadratic", 0.025, 0.032, 1.1, 1300, 53.),
+    f"{peers.HCT}, {LENT}": Point("ALM, quadratic", 0.047, 0.047, 3.6, 2600, 64.),
+    f"{peers.COOPER}, {USED}": Point("simultaneous", 0.037, 0.18, 1.9, 2400, 88.),
+    f"{peers.COOPER}, {LENT}": Point("alternating", 0.047, 0.047, 3.6, 2600, 64.),
+}
+
+
+def readings() -> list[str]:
+    "The rows whose libraries are installed"
+    return [row for row, (library, _) in READINGS.items() if library == OURS or peers.INSTALLED]
+
+
 SPACE = {"lr": (0.015, 0.05), "dual_lr": (0.03, 0.2), "rho": (1., 8.), "batch": (700, 4000), "epochs": (45., 110.)}
 
 
@@ -182,34 +205,13 @@ def trials(library: str, count: int = 12) -> list[Point]:
                   balanced=kinds[i // 2 % len(kinds)]) for i, a in enumerate(drawn)]
 
 
-def tune(library: str, data, cap: float = 60., count: int = 12) -> tuple[Point, list[dict]]:
+def tune(row: str, data, cap: float = 60., count: int = 12) -> tuple[Point, list[dict]]:
     "The quickest of all trials on seed 0, the best three again on seeds 1 and 2; the winner, and all trials"
-    table = []
+    (library, options), table = READINGS[row], []
     for p in trials(library, count):
-        looks = race(library, data, p, 0, cap)
+        looks = race(library, data, p, 0, cap, **options)
         table.append({"point": p, "seconds": [looks.reached or cap], "end": looks.path[-1]})
-    for row in sorted(table, key=lambda row: row["seconds"][0])[:3]:
-        row["seconds"] += [race(library, data, row["point"], seed, cap).reached or cap for seed in (1, 2)]
-    best = min(table, key=lambda row: (-len(row["seconds"]), sum(row["seconds"])))
+    for t in sorted(table, key=lambda t: t["seconds"][0])[:3]:
+        t["seconds"] += [race(library, data, t["point"], seed, cap, **options).reached or cap for seed in (1, 2)]
+    best = min(table, key=lambda t: (-len(t["seconds"]), sum(t["seconds"])))
     return best["point"], table
-
-
-# What `tune` found on real Virginia; `make bench-full` looks again.
-WINNERS = {
-    OURS: Point("ALM", 0.037, 0.18, 1.9, 2400, 88.),
-    peers.HCT: Point("ALM, HPR", 0.037, 0.18, 1.9, 2400, 88.),
-    peers.COOPER: Point("simultaneous", 0.037, 0.18, 1.9, 2400, 88.),
-}
-
-
-def libraries() -> list[str]:
-    "Those that are installed"
-    return [n for n in METHODS if n == OURS or peers.INSTALLED]
-
-
-def readings() -> list[tuple[str, str, dict]]:
-    "Rows of the table: name, library, how it is run"
-    found = [("hctrain, eager", OURS, {})]
-    for name in libraries()[1:]:
-        found += [(f"{name}, as used", name, {}), (f"{name}, our batches and rates", name, {"as_used": False})]
-    return found
