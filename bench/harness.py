@@ -3,6 +3,7 @@ import os
 import platform
 import random
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -49,8 +50,16 @@ def cpu(step: Callable, times: int) -> float:
     return (time.process_time() - t) / times
 
 
+def spent() -> float:
+    "CPU seconds of this process and of those that it has waited for, such as a compiler"
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 def calibrate(step: Callable, chunk: float) -> int:
-    "How many calls fill a chunk; warms up on the way"
+    "How many calls fill a chunk, after some that warm up, or compile"
+    for _ in range(5):
+        step()
     times = 1
     while (t := cpu(step, times) * times) < chunk / 3:
         times *= 4

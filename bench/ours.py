@@ -1,7 +1,11 @@
 """Steps of hctrain through its public classes, as `hctrain.train.train` makes them, with all checks on."""
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from hctrain import SSLALM, Lagrangian, RateGap, StochasticGhost, SwitchingSubgradient, WeightedBCE, positive_rate
+from hctrain.replay import Replay
 from hctrain.train import choose_step
 
 from .harness import Work
@@ -13,12 +17,19 @@ def over_adam(method, **options):
     return lambda params, m: method(torch.optim.Adam(params), m, **options)
 
 
-METHODS = {  # name: (how it is made, draws a step)
-    "SSL-ALM, 1 draw": (SSLALM, 1),
-    "SSL-ALM, 3 draws": (SSLALM, 3),
-    "ALM over Adam, 1 draw": (over_adam(Lagrangian), 1),
-    "Switching, 3 draws": (SwitchingSubgradient, 3),
-}
+class Method(NamedTuple):
+    "What to time"
+    make: Callable          # `make(params, m)` gives the optimizer
+    draws: int              # Independent constraint draws a step
+    compiled: bool = False  # The whole step as machine code
+
+
+METHODS = {
+    "SSL-ALM, 1 draw": Method(SSLALM, 1),
+    "SSL-ALM, 3 draws": Method(SSLALM, 3),
+    "ALM over Adam, 1 draw": Method(over_adam(Lagrangian), 1),
+    "Switching, 3 draws": Method(SwitchingSubgradient, 3)}
+METHODS |= {f"{name}, compiled": m._replace(compiled=True) for name, m in METHODS.items()}
 
 
 def gaps_of(task: Task, two_sided: bool = False) -> RateGap:
@@ -26,19 +37,20 @@ def gaps_of(task: Task, two_sided: bool = False) -> RateGap:
     return RateGap(positive_rate, task.n_groups, BOUND, "batch", two_sided=two_sided)
 
 
-def step_of(task: Task, make, draws: int = 1, supplied: bool = True, two_sided: bool = False) -> Work:
+def step_of(task: Task, method: Method, supplied: bool = True, two_sided: bool = False) -> Work:
     "One step, with batches drawn beforehand or as they are needed"
     net, gaps, loss = task.net(), gaps_of(task, two_sided), WeightedBCE()
-    opt = make(net.parameters(), gaps.m)
-    do, streams = choose_step(opt, draws), task.supplied if supplied else task.streams()
+    opt, streams = method.make(net.parameters(), gaps.m), task.supplied if supplied else task.streams()
+    do = choose_step(opt, method.draws)
+    do = Replay(do) if method.compiled else do
     return Work(lambda: do(net, opt, loss, gaps, streams, True))
 
 
 def variants(task: Task, supplied: bool = True, names=METHODS) -> dict[str, Work]:
     "Steps of all methods"
-    return {name: step_of(task, *METHODS[name], supplied) for name in names}
+    return {name: step_of(task, METHODS[name], supplied) for name in names}
 
 
 def ghost(task: Task) -> Work:
     "A step of Stochastic Ghost: four subproblems on 6.5 batches on average"
-    return step_of(task, StochasticGhost, supplied=False, two_sided=True)
+    return step_of(task, Method(StochasticGhost, 1), supplied=False, two_sided=True)

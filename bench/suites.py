@@ -102,7 +102,7 @@ def weights(effort: Effort) -> Figures:
 # ------------------------------------------------------------------------ memory
 BUILD = {  # how to make a step, in a fresh interpreter
     UNIT: "plain(task)", SGD: "plain(task, torch.optim.SGD)",
-    **{n: f"ours.step_of(task, *ours.METHODS[{n!r}])" for n in ours.METHODS},
+    **{n: f"ours.step_of(task, ours.METHODS[{n!r}])" for n in ours.METHODS},
     **{n: f"peers.step_of(task, {n!r}, peers.own_gaps(), peers.supplied(task))" for n in peers.STEPS}}
 MEMORY = """
 import re, torch

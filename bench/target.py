@@ -1,6 +1,5 @@
 """What counts in the end: CPU seconds until loss and largest gap in scores, on all training rows, are small."""
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from hctrain.compare import Algorithm, draws_of
 from hctrain.train import train
 
 from . import peers
-from .harness import ROOT
+from .harness import ROOT, spent
 
 LOSS, GAP, BOUND = 0.46, 0.055, 0.05
 OURS = "hctrain"
@@ -47,11 +46,11 @@ class Looks:
     def __init__(self, data, cap: float):
         self.data, self.cap, self.past, self.path, self.reached = data.train, cap, 0., [], None
         self.share = data.train.g.bincount().float()
-        self.since = time.process_time()
+        self.since = spent()
 
     def __call__(self, net) -> dict:
         "Look, and stop the run at the target or at the cap"
-        self.past += time.process_time() - self.since
+        self.past += spent() - self.since
         with torch.no_grad():
             z = net(self.data.x).squeeze(1)
             loss = F.binary_cross_entropy_with_logits(z, self.data.y).item()
@@ -63,7 +62,7 @@ class Looks:
             raise Stop
         if self.past > self.cap:
             raise Stop
-        self.since = time.process_time()
+        self.since = spent()
         return {"loss": loss, "gap": gap}
 
 
