@@ -18,6 +18,7 @@ help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-19s%s\n", $$1, $$2 }'
 	@echo
 	@echo '  make run ARGS="--seconds 60 --seeds 5"    options of `hctrain acs` (ARGS=--help lists them)'
+	@echo '  make run ARGS=--resume                    go on after Ctrl-C'
 	@echo '  make test ARGS="-k 05_sslalm"             options of pytest (--slow also runs the slow cells)'
 	@echo '  make bench ARGS="step ghost"              some of its suites (ARGS=--help lists them)'
 	@echo '  make install PYTHON=python3.12            another Python, for a new .venv'

@@ -23,6 +23,7 @@ from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_optimizer
 from .penalty import Penalty, PenaltyBarrier, SmoothedPenalty
 from .problem import KKT, Toy, kkt_residual, least_squares_multipliers, noisy_toy, toys
 from .projection import Ball, Box, Simplex, project_after
+from .replay import Replay, record
 from .sampling import BalancedSampler, Batch, RandomStreams, Streams, check_sampler
 from .sslalm import SSLALM
 from .switching import SwitchingSubgradient

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -30,15 +31,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 # %% ../nbs/50_cli.ipynb #20f0526c
-def _number(kind: type, low: float, name: str):
-    "A number of at least `low` (above it, for floats)"
+def _number(kind: type, low: float, name: str, strict: bool = False):
+    "A number of at least `low`, or above it"
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected {name}, got {text!r}") from None
-        if not (low < value < float("inf") if kind is float else low <= value):
-            least = f"{'above' if kind is float else 'of at least'} {low:g}"
+        if not low <= value < float("inf") or strict and value == low:
+            least = f"{'above' if strict else 'of at least'} {low:g}"
             raise argparse.ArgumentTypeError(f"expected {name} {least}, got {text}")
         return value
     return convert
@@ -54,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--version", action="version", version=f"hctrain {version('hctrain')}")
     acs = p.add_subparsers(dest="command", required=True, parser_class=_Parser).add_parser(
         "acs", help="compare algorithms on the census income task", argument_default=argparse.SUPPRESS)
-    a, whole, real = acs.add_argument, lambda name: _number(int, 1, name), lambda name: _number(float, 0, name)
+    a, whole = acs.add_argument, lambda name: _number(int, 1, name)
+    real = lambda name: _number(float, 0, name, strict=True)
     a("--data", metavar="FOLDER", help="census files as folktables lays them out (the package's synthetic Virginia)")
     a("--download", action="store_true", help="fetch a missing file from the Census Bureau into --data")
     a("--state", help="postal code of the state (VA)")
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     a("--steps", type=whole("steps"), help="steps of each run, in place of seconds: reproducible")
     a("--seeds", type=whole("seeds"), help="number of seeds (1)")
     a("--per-group", type=whole("rows"), help="rows of each group in a batch (32)")
-    a("--bound", type=real("bound"), help="largest gap allowed (0.05)")
+    a("--bound", type=_number(float, 0, "bound"), help="largest gap allowed (0.05)")
     a("--draws", type=int, choices=(1, 2, 3), help="independent constraint draws a step (3)")
     a("--reference", choices=("population", "balanced"), help="what loss and overall rate average over (population)")
     a("--anneal", action="store_true", help="let the step sizes fall to 0 over the budget")
@@ -109,6 +111,22 @@ def _again(given: dict) -> tuple[Path, dict]:
     except (OSError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as e:
         raise ValueError(f"expected a run with its config.json in {file.parent}, got {type(e).__name__}") from None
 
+# %% ../nbs/50_cli.ipynb #788d1768
+def _command() -> str:
+    "The command as it can be typed here"
+    return "hctrain" if shutil.which("hctrain") else sys.argv[0]
+
+_OPTIONS = {"pass download=True": "add --download", "leave root out": "leave --data out", "root= for": "--data for",
+            "expected protected": "expected --protected",
+            ": for another column of ACSIncome pass groups= as well": ": choose one of them",
+            "merge groups with groups=, take another seed, or lower min_rows": "choose another state or attribute"}
+
+def _with_options(text: str) -> str:
+    "A sentence of the library, with options in place of arguments"
+    for argument, option in _OPTIONS.items():
+        text = text.replace(argument, option)
+    return text
+
 # %% ../nbs/50_cli.ipynb #3f68a1a6
 def acs(
     given: dict # Options by name, those that were given
@@ -129,7 +147,7 @@ def acs(
     make = lambda seed: network(len(data.feature_names), seed=seed)
     runs = compare(data, make, [ALGORITHMS[n] for n in o["algorithms"]], setting, folder, resume="resume" in given)
     if any(r.interrupted for rs in runs.values() for r in rs):
-        print(f"Interrupted; what was done is kept. Go on with: hctrain acs --resume {folder}", flush=True)
+        print(f"Interrupted; what was done is kept. Go on with: {_command()} acs --resume {folder}", flush=True)
         return 130
     files = save(runs, folder, setting, data.group_names, f"ACSIncome, {data.name}")
     print(f"\n{table(runs).T.to_string()}\n\nLast iterates, largest gap over groups, bound {setting.bound:g}. "
@@ -146,7 +164,7 @@ def main(
     try:
         return acs(given)
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as e:
-        print(f"hctrain: {e}", file=sys.stderr)
+        print(f"hctrain: {_with_options(str(e))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nhctrain: interrupted", file=sys.stderr)

@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -95,6 +96,24 @@ ALGORITHMS: dict[str, Algorithm] = {
     "decisions": Algorithm("Decisions", OverAdam(Lagrangian), {}, {**STEP, **DUAL, **RHO}, decisions)}
 PAPER = tuple(ALGORITHMS[name] for name in ("adam", "sslalm", "ssw"))     # those of arXiv 2509.21254, Figure 1
 
+# %% ../nbs/23_compare.ipynb #410508f0
+def _check_setting(s):
+    "Refuse what makes no sense"
+    for name in ("seeds", "per_group"):
+        value = getattr(s, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"expected {name} of at least 1, got {value!r}: pass an integer")
+    number = isinstance(s.bound, Real) and not isinstance(s.bound, bool)
+    if not number or not 0 <= s.bound < 1:
+        raise ValueError(f"expected bound in [0, 1), got {s.bound!r}: it is a difference of two rates")
+    if not isinstance(s.anneal, bool):
+        raise ValueError(f"expected anneal as True or False, got {s.anneal!r}: choose one")
+    if s.draws not in (1, 2, 3):
+        raise ValueError(f"expected draws to be 3, 2 or 1, got {s.draws!r}: it counts a step's draws")
+    if s.reference not in ("population", "balanced"):
+        raise ValueError(f"expected reference to be 'population' or 'balanced', got {s.reference!r}: "
+                         "it says what loss and overall rate average over")
+
 # %% ../nbs/23_compare.ipynb #4a21e153
 @dataclass(frozen=True)
 class Setting:
@@ -111,17 +130,7 @@ class Setting:
 
     def __post_init__(self):
         Budget(steps=self.steps, seconds=self.seconds, evaluations=self.evaluations)
-        for name in ("seeds", "per_group"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value!r}: pass an integer")
-        if not 0 <= self.bound < 1:
-            raise ValueError(f"expected bound in [0, 1), got {self.bound!r}: it is a difference of two rates")
-        if self.draws not in (1, 2, 3):
-            raise ValueError(f"expected draws to be 3, 2 or 1, got {self.draws!r}: it counts a step's draws")
-        if self.reference not in ("population", "balanced"):
-            raise ValueError(f"expected reference to be 'population' or 'balanced', got {self.reference!r}: "
-                             "it says what loss and overall rate average over")
+        _check_setting(self)
 
 # %% ../nbs/23_compare.ipynb #1a3f9b5b
 def measure(
@@ -137,6 +146,17 @@ def measure(
                    f"{split}_gaps": ev.soft.gaps, f"{split}_hard_gaps": ev.hard.gaps,
                    f"{split}_rates": ev.soft.values}
     return values
+
+# %% ../nbs/23_compare.ipynb #6b8e47a4
+def _check_algorithms(algorithms):
+    "Refuse what is no list of algorithms that can be told apart"
+    is_list = isinstance(algorithms, (list, tuple)) and not isinstance(algorithms, Algorithm)
+    if wrong := [a for a in (algorithms if is_list else [algorithms]) if not is_list or not isinstance(a, Algorithm)]:
+        raise TypeError(f"expected a list of algorithms, got {wrong[0]!r:.60}: pass [ALGORITHMS['sslalm'], ...], "
+                        "or Algorithm('mine', make) in it")
+    labels = [a.label for a in algorithms]
+    if len({*labels}) < len(labels) or not labels:
+        raise ValueError(f"expected algorithms with different labels, got {labels}: give each its own")
 
 # %% ../nbs/23_compare.ipynb #f6df7445
 class What:
@@ -166,6 +186,7 @@ def run_one(
     **kw                                  # More for `train`, such as a checkpoint
 ) -> tuple[Run, nn.Module]:
     "Train one algorithm from one seed; the run and the trained network"
+    _check_algorithms([algorithm])
     streams = Streams(*data.train, per_group=setting.per_group, seed=seed)
     weights = streams.weights if setting.reference == "population" else None
     gaps = algorithm.constraints(data.n_groups, setting.bound, weights)
@@ -191,8 +212,7 @@ def compare(
     progress: bool = True                                 # Show a bar for each run
 ) -> dict[str, list[Run]]:
     "Train every algorithm from every seed; runs by label. After Ctrl-C the last run says that it is not finished"
-    if len({a.label for a in algorithms}) < len(algorithms) or not algorithms:
-        raise ValueError(f"expected algorithms with different labels, got {[a.label for a in algorithms]}")
+    _check_algorithms(algorithms)
     jobs = [(seed, a) for seed in range(setting.seeds) for a in algorithms]
     runs = {a.label: [] for a in algorithms}
     for i, (seed, a) in enumerate(jobs):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Rates', 'flat_logits', 'readable', 'binary_labels', 'check_codes', 'group_sum', 'hard_decision', 'positive_rate',
-           'true_positive_rate', 'false_positive_rate', 'accuracy', 'loss_rate', 'smoothed_step', 'Sharpened',
-           'reference_rate', 'Carry', 'GroupWeights', 'GapMatrix', 'RateGap', 'MeanGap', 'Proxy', 'true_values',
-           'WeightedBCE', 'fairret_rate']
+__all__ = ['unread', 'Rates', 'flat_logits', 'readable', 'binary_labels', 'check_codes', 'group_sum', 'hard_decision',
+           'positive_rate', 'true_positive_rate', 'false_positive_rate', 'accuracy', 'loss_rate', 'smoothed_step',
+           'Sharpened', 'reference_rate', 'Carry', 'GroupWeights', 'GapMatrix', 'RateGap', 'MeanGap', 'Proxy',
+           'true_values', 'WeightedBCE', 'fairret_rate']
 
 # %% ../nbs/01_constraints.ipynb #2715fc0f
 class Rates(NamedTuple):
@@ -54,6 +54,8 @@ def flat_logits(
     out: Tensor,  # Logits, shape (n,) or (n, 1)
 ) -> Tensor:
     "Logits as a vector of shape (n,), in float32 or float64"
+    if not isinstance(out, Tensor):
+        raise TypeError(f"expected logits as a tensor, got {type(out).__name__}: pass the network's output")
     if out.dim() == 2 and out.shape[1] == 1:
         out = out.squeeze(1)
     if out.dim() != 1 or not out.is_floating_point():
@@ -67,9 +69,12 @@ def _wrapped(t: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
+unread: list = []  # what is being recorded (chapter 19): while it is not empty, no tensor may be read back
+
+
 def readable(t: Tensor) -> bool:
-    "Whether a check may read `t` back: on the CPU, in eager mode, outside `torch.func` transforms"
-    return t.is_cpu and not torch.compiler.is_compiling() and not _wrapped(t)
+    "Whether a check may read `t` back: on the CPU, in eager mode, outside `torch.func` transforms and recordings"
+    return t.is_cpu and not unread and not torch.compiler.is_compiling() and not _wrapped(t)
 
 # %% ../nbs/01_constraints.ipynb #214842b7
 def binary_labels(
@@ -77,9 +82,10 @@ def binary_labels(
     z: Tensor,         # Logits, shape (n,)
 ) -> Tensor:
     "Labels in the dtype of the logits; anything but 0 and 1 is refused where it can be read"
-    if y is None or y.shape != z.shape:
-        got = "none" if y is None else f"shape {tuple(y.shape)}"
-        raise ValueError(f"expected labels of shape {tuple(z.shape)}, one a logit, got {got}: pass batch.y as a vector")
+    if not isinstance(y, Tensor) or y.shape != z.shape:
+        got = "none" if y is None else f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"expected labels of shape {tuple(z.shape)}, one a logit, got {got}: "
+                         "pass batch.y as a vector, a tensor")
     y = y if y.dtype == z.dtype else y.to(z.dtype)
     if readable(y) and not torch.equal(y, y * y):
         bad = y[(y != 0) & (y != 1)][0].item()
@@ -304,6 +310,19 @@ class Carry:
         check_state(state, self.n_groups)
         self.last = Rates(*(state[k].clone() for k in Rates._fields)) if state else None
 
+# %% ../nbs/01_constraints.ipynb #e987eca8
+def weight_vector(weights, n_groups: int | None) -> Tensor:
+    "Weights of the groups as a tensor of its own in float64, after checks"
+    try:
+        w = torch.as_tensor(weights).detach().to("cpu", torch.float64, copy=True)
+    except (TypeError, ValueError, RuntimeError):
+        w = None
+    good = w is not None and w.dim() == 1 and len(w) == (n_groups or len(w)) and bool(((w > 0) & w.isfinite()).all())
+    if not good:
+        raise ValueError(f"expected weights of shape ({n_groups or 'G'},), positive and finite, got "
+                         f"{weights if w is None else w.tolist()!r}: pass sampler.weights")
+    return w
+
 # %% ../nbs/01_constraints.ipynb #42902206
 class GroupWeights:
     "One positive weight a group: `w(t)` gives them in the dtype and on the device of `t`"
@@ -311,11 +330,7 @@ class GroupWeights:
         weights: Tensor | Sequence[float],  # Inverse-propensity weights, shape (G,)
         n_groups: int | None = None,        # Number of groups, where it is known
     ):
-        w = torch.as_tensor(weights).detach().to("cpu", torch.float64, copy=True)
-        if w.dim() != 1 or (n_groups is not None and len(w) != n_groups) or not bool(((w > 0) & w.isfinite()).all()):
-            raise ValueError(f"expected weights of shape ({n_groups or 'G'},), positive and finite, got {w.tolist()}: "
-                             "pass sampler.weights")
-        self.exact = self.cast = w
+        self.exact = self.cast = weight_vector(weights, n_groups)
 
     def __call__(self, t: Tensor) -> Tensor:
         if self.cast.dtype != t.dtype or self.cast.device != t.device:
@@ -355,7 +370,7 @@ def check_gap(statistic, n_groups, bound, absent) -> None:
 # %% ../nbs/01_constraints.ipynb #959eeebc
 def check_rows(rows: Tensor) -> None:
     "Raise ValueError for a batch without rows"
-    if not rows.numel():
+    if isinstance(rows, Tensor) and not rows.numel():
         raise ValueError("expected at least one row, got an empty batch: draw one with rows, or leave the step out")
 
 
@@ -483,6 +498,14 @@ class RateGap:
         return (f"RateGap({_name(self.statistic)}, n_groups={self.n_groups}, bound={self.bound:g}, "
                 f"reference={self.reference!r}{options}, absent={self.absent!r})")
 
+# %% ../nbs/01_constraints.ipynb #6aa0bb40
+def check_pair(reference) -> tuple[Tensor, Tensor]:
+    "The two means of a reference, if they are that"
+    if not isinstance(reference, tuple) or len(reference) != 2 or not all(isinstance(t, Tensor) for t in reference):
+        raise TypeError(f"expected the two means of a reference, got {reference!r}: pass gaps.reference_of(out0, "
+                        "batch0), or fix a value in MeanGap(reference=...)")
+    return reference
+
 # %% ../nbs/01_constraints.ipynb #b7ad46f0
 class MeanGap:
     "Two-sided gaps that are means over rows, for any statistic and any way of drawing batches, Eq. (8)"
@@ -522,14 +545,32 @@ class MeanGap:
         if (reference is None) == (self.reference is None):
             raise ValueError(f"expected one reference, got {'none' if reference is None else 'two'}: fix a value in "
                              "MeanGap(reference=...), or pass gaps.reference_of(out0, batch0) to the call")
+        sigma, kappa = (self.reference, 1.0) if reference is None else check_pair(reference)
         kv, k = self.means(out, batch)
-        sigma, kappa = (self.reference, 1.0) if reference is None else reference
         over, slack = kappa * kv - sigma * k, kappa * self.bound * k
         return torch.cat([over - slack, -over - slack])
 
     def __repr__(self) -> str:
         return (f"MeanGap({_name(self.statistic)}, n_groups={self.n_groups}, bound={self.bound:g}, "
                 f"reference={self.reference!r}{', hard=True' if self.hard else ''})")
+
+# %% ../nbs/01_constraints.ipynb #e4ede254
+def check_proxy(surrogate, true) -> tuple:
+    "Both, and their number m, if both are constraints, and as many"
+    for gaps in (surrogate, true):
+        if not callable(gaps) or not hasattr(gaps, "m"):
+            raise TypeError(f"expected constraints such as a RateGap, got {_name(gaps)}: make one of it first")
+    if surrogate.m != true.m:
+        raise ValueError(f"expected as many true constraints as surrogates, {surrogate.m}, got {true.m}: "
+                         "make both with the same groups and the same two_sided")
+    return surrogate, true, surrogate.m
+
+
+def check_halves(state) -> None:
+    "Raise ValueError unless this is the state of a Proxy"
+    if not isinstance(state, dict) or state.keys() != {"surrogate", "true"}:
+        got = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"expected a state with surrogate and true, got {got}: load the state of a Proxy")
 
 # %% ../nbs/01_constraints.ipynb #103131ac
 class Proxy:
@@ -538,10 +579,7 @@ class Proxy:
         surrogate: RateGap,  # Differentiable: `gaps(out, batch)`
         true: RateGap,       # What is meant: as many values of the same constraints, without gradient
     ):
-        if surrogate.m != true.m:
-            raise ValueError(f"expected as many true constraints as surrogates, {surrogate.m}, got {true.m}: "
-                             "make both with the same groups and the same two_sided")
-        self.surrogate, self.true, self.m = surrogate, true, surrogate.m
+        self.surrogate, self.true, self.m = check_proxy(surrogate, true)
 
     def __call__(self, out: Tensor, batch) -> Tensor:
         "The surrogate's constraints of one batch"
@@ -552,9 +590,15 @@ class Proxy:
         return {"surrogate": self.surrogate.state_dict(), "true": self.true.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        "Restore what `state_dict` gave"
+        "Restore what `state_dict` gave; a state that does not fit is refused and changes nothing"
+        check_halves(state)
+        before = self.surrogate.state_dict()
         self.surrogate.load_state_dict(state["surrogate"])
-        self.true.load_state_dict(state["true"])
+        try:
+            self.true.load_state_dict(state["true"])
+        except ValueError:
+            self.surrogate.load_state_dict(before)
+            raise
 
     def __repr__(self) -> str:
         return f"Proxy({self.surrogate}, true={self.true})"

@@ -361,8 +361,8 @@ STEPS: dict[str, Callable[[float, int, float], float]] = {         # of the fact
 # %% ../nbs/07_ghost.ipynb #fa800ac0
 def _check(inner, box, tau, lam, alpha, cap, batch, decay):
     "Refuse settings of the method that make no sense"
-    for name, v, range_, ok in (("inner", inner, "(0, box)", lambda v: 0 < v < box),
-                                ("box", box, "(0, inf)", lambda v: 0 < v < math.inf),
+    for name, v, range_, ok in (("box", box, "(0, inf)", lambda v: 0 < v < math.inf),
+                                ("inner", inner, "(0, box)", lambda v: 0 < v < box),
                                 ("tau", tau, "(0, inf)", lambda v: 0 < v < math.inf),
                                 ("lam", lam, "(0, 1)", lambda v: 0 < v < 1),
                                 ("alpha", alpha, "(0, 1)", lambda v: 0 < v < 1),

@@ -177,11 +177,15 @@ class _Finite:
     def finite(self, **tensors: Tensor) -> Tensor | None:
         "`None` if all is finite; raises if not; in deferred mode a boolean tensor, and a flag is set"
         if self.deferred:
-            ok = torch.stack([t.detach().isfinite().all() for t in tensors.values()]).all()
+            ok = sum(t.detach().sum() for t in tensors.values()).isfinite()
             self._failed.logical_or_(~ok)
             return ok
         check_finite(**tensors)
         return None
+
+    def defer(self, wanted: bool = True) -> None:
+        "Let refusals wait, as on a device; or no longer"
+        self.deferred = wanted
 
     def finite_now(self, **tensors: Tensor) -> None:
         "Refuse non-finite values at once, on a device too"
@@ -490,6 +494,7 @@ class ConstrainedOptimizer(_Values, _Mask, _Losses, _Finite, _FiniteScalar, _Fin
                            torch.optim.Optimizer):
     "Base of every algorithm: torch optimizers for the weights, and vectors of shape (m,) for the constraints"
     saved: tuple[str, ...] = ()           # attributes that a state dict carries
+    steady: tuple[str, ...] = ()          # numbers of those that decide what is done, as an `if` does
     knobs: tuple[str, ...] = ()           # attributes that its repr shows; `saved` if there are none
     group_options: tuple[str, ...] = ()   # options that a group may have besides those with a default
     lazy: bool = False                    # whether it calls only one of f and c1 a step, and never needs c2

@@ -49,6 +49,10 @@ def _check_whole(low: int, **numbers: int) -> None:
         if v % 1:
             raise ValueError(f"expected {name} as a whole number of steps, got {v!r}: pass an int")
 
+def _larger(a: float, b: float) -> float:
+    "The larger of two numbers, of which the first is a tensor where the step is recorded"
+    return a.clamp(min=b) if isinstance(a, Tensor) else max(a, b)
+
 def _put(t: Tensor, new: Tensor, ok: Tensor | None) -> None:
     "t ← new, unless it was refused on the device"
     t.copy_(new if ok is None else torch.where(ok, new, t))
@@ -86,9 +90,10 @@ class _Tracker:
         ok = self.finite(c0=c0) if before is None else self.finite(c0=c0, before=before)
         self.k += 1
         u = self.u if before is None else self.u + (c0 - before)
-        _put(self.u, u.lerp(c0, max(self.gamma, 1 / self.k)), ok)                 # u ← (1 − γ)(u + [...]) + γ c(x, ζ₀)
-        if self.growth > 1 and self.k % self.every == 0:
-            self.grow()
+        _put(self.u, u.lerp(c0, _larger(1 / self.k, self.gamma)), ok)             # u ← (1 − γ)(u + [...]) + γ c(x, ζ₀)
+        due = self.growth > 1 and self.k % self.every == 0
+        if due is not False:
+            self.grow(due)
 
     @property
     def y(self) -> Tensor:
@@ -104,6 +109,7 @@ class _Tracker:
 class _Growth:
     "Weights that grow until they are enough"
     claims = frozenset({"equality", "multipliers", "optimizer"})
+    steady = ("growth",)
     shown = ("largest_rho", "growth", "every", "rho_max", "tol", "gamma")
     tracked = ("rho", "u", "last", "w", "k", "growth", "every", "rho_max", "tol", "gamma", "equality")
     def start(self, rho: float, growth: float, every: int, rho_max: float, tol: float, gamma: float,
@@ -117,12 +123,12 @@ class _Growth:
         self.equality, self.k = self.mask(equality), 0
         self.rho, self.u, self.last, self.w = self.zeros() + rho, self.zeros(), self.zeros() + math.inf, self.zeros()
 
-    def grow(self) -> None:
+    def grow(self, due: bool | Tensor = True) -> None:
         "ρ ← max(ρ, min(κ ρ, ρ_max)) where the tracked violation is above `tol` and has not fallen by a tenth"
         v = self.sides(lambda u: u.clamp(min=0), self.u).abs()
         high = torch.maximum(self.rho, (self.growth * self.rho).clamp(max=self.rho_max))
-        self.rho.copy_(torch.where((v > self.tol) & (v > .9 * self.last), high, self.rho))
-        self.last.copy_(v)
+        self.rho.copy_(torch.where(due & (v > self.tol) & (v > .9 * self.last), high, self.rho))
+        self.last.copy_(torch.where(torch.as_tensor(due, device=v.device), v, self.last))
 
 # %% ../nbs/09_penalty.ipynb #a90a9c0f
 class Penalty(_Weighted, _Sides, _Tracker, _Growth, ConstrainedOptimizer):
@@ -184,9 +190,7 @@ class _Epochs:
     "Rates that climb to 1, and ranges"
     def late(self, rate: float) -> float:
         "The rate in the present epoch e: 1 − 1 / (√e + 1 / (1 − rate))"
-        if not self.epoch or rate == 1:
-            return rate
-        return 1 - 1 / (math.sqrt(self.k // self.epoch) + 1 / (1 - rate))
+        return 1 - (1 - rate) / ((1 - rate) * (self.k // self.epoch) ** .5 + 1) if self.epoch else rate
 
     def positive_range(self, name: str, ends: tuple[float, float]) -> tuple[float, float]:
         "A range with 0 < low <= high"

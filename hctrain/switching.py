@@ -18,9 +18,13 @@ from .optimizer import ConstrainedOptimizer, Descent, check_choice, check_number
 __all__ = ['SCHEDULES', 'SwitchingSubgradient']
 
 # %% ../nbs/06_switching.ipynb #da6415bd
+def _log_factorial(k: int | Tensor) -> float | Tensor:
+    "log k!; of a tensor where the step is recorded"
+    return torch.lgamma(k + 1) if isinstance(k, Tensor) else math.lgamma(k + 1)
+
 SCHEDULES: dict[str, Callable[[float, int], float]] = {                          # of tol and the step k = 1, 2, ...
-    "literal":  lambda tol, k: tol * math.exp(-math.lgamma(k + 1) / 2),          # ε_k = ε_{k-1} / √k, as printed
-    "sqrt":     lambda tol, k: tol / math.sqrt(k),                               # ε_k = ε_1 / √k
+    "literal":  lambda tol, k: tol * math.e ** (_log_factorial(k) / -2),         # ε_k = ε_{k-1} / √k, as printed
+    "sqrt":     lambda tol, k: tol / k ** .5,                                    # ε_k = ε_1 / √k
     "constant": lambda tol, k: tol}                                              # ε_k = ε_1
 
 # %% ../nbs/06_switching.ipynb #68df1d43
@@ -62,15 +66,22 @@ class _Branchless:
         "Whether the branch stays on the device"
         possible = self.plain and self.ratio is not None and self.output == "last"
         if wanted and not possible:
-            raise ValueError("expected plain parameters, lr > 0 and output='last' with branchless=True, got others: "
-                             "leave branchless out")
+            raise ValueError("expected plain parameters, lr > 0 and output='last' where no branch is read back, "
+                             "got others: leave branchless out, and train with compiled=False")
         return possible and self.deferred if wanted is None else bool(wanted)
+
+    def defer(self, wanted: bool = True) -> None:
+        "Let refusals wait, and with them the branch"
+        super().defer(wanted)
+        self.branchless = self.may_be_branchless(True if wanted else None)
 
     def rescale(self, g: dict, x: list[Tensor], grads: list[Tensor], ok: Tensor | None) -> None:
         "G ← G η_c / η_f where the constraint was chosen, for one step with η_f (a group with η_f = 0 stays)"
         pairs = zip(self.param_groups, self.optimizers[1].param_groups, strict=True)
         other = next(other for mine, other in pairs if mine is g)
-        scale = torch.where(self.violated, other["lr"] / g["lr"] if g["lr"] else 0., 1.).to(grads[0])
+        mine, its = g["lr"], other["lr"]
+        ratio = (torch.where(mine > 0, its / mine, 0.) if isinstance(mine, Tensor) else its / mine if mine else 0.)
+        scale = torch.where(self.violated, ratio, 1.).to(grads[0])
         torch._foreach_mul_(grads, masked(scale, self.ok))
 
 # %% ../nbs/06_switching.ipynb #5cee3661

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .constraints import readable, true_values
 from .ghost import LinearRows
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, check_finite
+from .replay import Replay
 
 # %% auto #0
 __all__ = ['outputs', 'rows_are_independent', 'plain_step', 'one_draw_step', 'two_draw_step', 'three_draw_step', 'lazy_step',
@@ -207,7 +208,7 @@ class Record:
 
     def add(self, step: int, seconds: float, values: dict) -> None:
         "Append an evaluation: numbers, or vectors of them"
-        row = {k: v.tolist() if isinstance(v, (Tensor, np.ndarray, np.generic)) else v for k, v in values.items()}
+        row = _plain_values(values)
         if self.rows and row.keys() != (names := self.rows[0].keys() - {"step"}):
             raise ValueError(f"expected the measurements {sorted(names)}, got {sorted(row)}: "
                              "return the same names each time")
@@ -231,6 +232,13 @@ class Record:
         write_atomically(Path(folder) / "seconds.csv", _csv({"step": self["step"], "seconds": self["seconds"]}))
 
 # %% ../nbs/21_train.ipynb #3206e92b
+def _plain_values(values: Mapping) -> dict:
+    "What was measured, with Python's own numbers and lists"
+    if not isinstance(values, Mapping):
+        raise TypeError(f"expected numbers by name from evaluate(), got {values!r}: return a dict such as "
+                        "{'loss': 0.5}")
+    return {k: v.tolist() if isinstance(v, (Tensor, np.ndarray, np.generic)) else v for k, v in values.items()}
+
 def _spread(name: str, column: np.ndarray) -> dict[str, np.ndarray]:
     "A column of numbers under its name, one of vectors as name[0], name[1], ..."
     return {name: column} if column.ndim == 1 else {f"{name}[{i}]": c for i, c in enumerate(column.T)}
@@ -422,11 +430,14 @@ class Run:
     interrupted: bool  # Whether Ctrl-C was pressed
     finished: bool   # False after Ctrl-C
     skipped: int = 0   # Steps left out for a non-finite value
+    compiling: float = 0.  # Seconds that compiling the step took, not among those of training
 
     def __repr__(self) -> str:
         state = "finished" if self.finished else "interrupted; train again with resume=True to go on"
         left_out = f" ({self.skipped:,} left out)" if self.skipped else ""
-        return f"Run({self.step:,} steps{left_out} in {self.seconds:.1f} s, {len(self.record)} evaluations, {state})"
+        compiled = f" after {self.compiling:.1f} s of compiling" if self.compiling else ""
+        return (f"Run({self.step:,} steps{left_out} in {self.seconds:.1f} s{compiled}, {len(self.record)} evaluations, "
+                f"{state})")
 
 # %% ../nbs/21_train.ipynb #9fbd1dc9
 class _Due:
@@ -496,6 +507,37 @@ class Anneal:
         "Take them back"
         self.lr = list(state["lr"])
 
+# %% ../nbs/21_train.ipynb #f3dc39c4
+def _check_kinds(model, opt, loss, evaluate, schedulers, anneal):
+    "Refuse arguments of another kind"
+    for wanted, value, good, todo in (
+            ("model as a torch module", model, isinstance(model, nn.Module), "pass the network itself"),
+            ("opt as an optimizer", opt, isinstance(opt, torch.optim.Optimizer), "make it of model.parameters() first"),
+            ("loss as a function", loss, callable(loss), "pass loss(out, batch)"),
+            ("evaluate as a function", evaluate, evaluate is None or callable(evaluate), "pass one without arguments"),
+            ("anneal as True or False", anneal, isinstance(anneal, bool), "choose one")):
+        if not good:
+            raise TypeError(f"expected {wanted}, got {value!r}: {todo}")
+    if not isinstance(schedulers, (list, tuple)) or not all(hasattr(s, "step") for s in schedulers):
+        raise TypeError(f"expected schedulers as a list of objects with step(), got {schedulers!r}: "
+                        "pass [scheduler], even for one")
+
+# %% ../nbs/21_train.ipynb #85e2b56a
+def _check_same_weights(model, opt):
+    "Refuse an optimizer that has none of the network's weights"
+    mine = {id(p) for p in model.parameters()}
+    if not any(id(p) in mine for g in opt.param_groups for p in g["params"]):
+        raise ValueError(f"expected {type(opt).__name__} on the parameters of this model, got one on others: "
+                         "make it of model.parameters(), after any copy of the model")
+
+def _check_own_parts(parts):
+    "Refuse parts that a checkpoint could not keep, or would keep in place of what `train` keeps itself"
+    if not isinstance(parts, Mapping) or not all(hasattr(p, "load_state_dict") for p in parts.values()):
+        raise TypeError("expected parts by name with state_dict and load_state_dict, "
+                        f"got {parts!r}: pass a dict of them")
+    if taken := [k for k in parts if k in ("model", "opt", "streams", "gaps", "skip") or k.startswith("scheduler")]:
+        raise ValueError(f"expected parts with names of their own, got {taken[0]!r}: train keeps that itself")
+
 # %% ../nbs/21_train.ipynb #3f0d02a4
 def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules):
     "Refuse parts that do not go together"
@@ -511,6 +553,20 @@ def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules):
                          "its multipliers come with the direction, from the surrogate alone")
     if two_schedules:
         raise ValueError("expected schedulers or anneal=True, got both: each would undo what the other sets")
+
+# %% ../nbs/21_train.ipynb #9f4eaa9c
+def teller(model: nn.Module, opt: torch.optim.Optimizer, skipping: SkipNonFinite | None, replay: Replay | None):
+    "What is done before each look: counters come back from a recording, and what was masked is told"
+    def told():
+        if replay:
+            replay.settle()
+        if skipping:
+            skipping.check()
+        elif hasattr(opt, "check"):
+            opt.check()
+        elif replay:
+            check_finite(weights=torch.cat([p.detach().flatten() for p in model.parameters()]))
+    return told
 
 # %% ../nbs/21_train.ipynb #abadd028
 def train(
@@ -528,6 +584,7 @@ def train(
     evaluations: int = 20,                   # How often, evenly spread, besides at the start
     schedulers: Sequence = (),               # Learning-rate schedulers, stepped after each step
     anneal: bool = False,                    # Let the steps of the weights fall to 0 over the budget, in a line
+    compiled: bool = False,                  # Record and compile the step: seconds once, then a quarter of its time
     checkpoint: str | Path | None = None,    # File written at each evaluation and after Ctrl-C
     resume: bool = False,                    # Go on from that file
     nonfinite: str = "raise",                # What a NaN does; `"skip"` leaves that step out and counts it
@@ -535,6 +592,9 @@ def train(
     progress: bool | str = True              # Show a bar; a string is its title
 ) -> Run:
     "Train until the budget is used up or Ctrl-C is pressed"
+    _check_kinds(model, opt, loss, evaluate, schedulers, anneal)
+    _check_same_weights(model, opt)
+    _check_own_parts(parts := parts or {})
     budget, do_step = Budget(steps, seconds, epochs, evaluations), choose_step(opt, draws)
     joint = rows_are_independent(model)
     _check_parts(opt, gaps, streams, resume, checkpoint, anneal and schedulers)
@@ -542,12 +602,13 @@ def train(
     attempt = skipping if check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip" else nullcontext()
     used = [0.]                                            # the share of the budget
     schedulers = [*schedulers, *[Anneal(opt, used)] * anneal]
-    kept = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": skipping, **(parts or {})}
+    kept = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": skipping, **parts}
     kept |= {f"scheduler{i}": s for i, s in enumerate(schedulers)}
     saved = None if checkpoint is None else Checkpoint(checkpoint, **kept)
     step, past, record = saved.load() if resume else (0, 0., Record())
     clock, bar = Clock(past), Progress(progress)
-    told = getattr(opt, "check", lambda: None) if attempt is not skipping else skipping.check
+    replay = Replay(do_step, first=max(0, 2 - step), pause=clock.paused) if compiled else None
+    do_step, told = replay or do_step, teller(model, opt, skipping if attempt is skipping else None, replay)
     run = _Looks(record, budget, clock, getattr(streams, "batches_per_epoch", 1), told, evaluate, saved, bar)
     try:
         with interruptible() as pressed:
@@ -567,4 +628,6 @@ def train(
                 run.save(step)
     finally:
         bar.close()
-    return Run(record, step, clock(), pressed(), spent >= 1, skipping.count)
+        if replay:
+            replay.close()
+    return Run(record, step, clock(), pressed(), spent >= 1, skipping.count, replay.seconds if replay else 0.)

@@ -8,7 +8,7 @@ import pytest
 from chapters import NOTEBOOKS, ROOT, cells, modules
 
 LAZY = {"pandas", "sklearn", "matplotlib", "scipy", "tqdm", "fairret", "folktables", "IPython", "ipywidgets"}
-ALGORITHMS = range(5, 20)
+ALGORITHMS = range(5, 19)
 
 
 def imports(path):
