@@ -1,5 +1,6 @@
 """Measure, print what it is beside what it was, and write it under runs/bench."""
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 
 from . import peers, report
-from .harness import EFFORTS, Effort
+from .harness import ALONE, EFFORTS, Effort
 from .suites import SUITES
 
 
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> Path:
     if unknown := set(a.suites) - set(SUITES):
         ap.error(f"expected suites out of {', '.join(SUITES)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
+    os.environ.update(ALONE)
     if not peers.INSTALLED:
         print("The peers are not installed, and left out: pip install -e '.[peers]'", file=sys.stderr)
     old = report.before(a.out)

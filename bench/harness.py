@@ -17,6 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# One thread, and a compiler that this process waits for
+ALONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
 class Work(NamedTuple):
     "Something to time"
     step: Callable[[], object]  # Does it once
@@ -83,9 +87,9 @@ def interleave(variants: dict[str, Work], unit: str, effort: Effort, seed: int =
     return {n: figure(ratios[n], "Adam", seconds=statistics.median(seconds[n])) for n in variants}
 
 
-def fresh(code: str) -> float:
+def fresh(code: str, **env: str) -> float:
     "Run code in a new interpreter; the number it prints last"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    env = {**os.environ, **ALONE, "PYTHONPATH": str(ROOT), **env}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"expected a number from a fresh interpreter, got {done.stderr.strip().splitlines()[-1]}")

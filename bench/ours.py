@@ -29,6 +29,7 @@ METHODS = {
     "SSL-ALM, 3 draws": Method(SSLALM, 3),
     "ALM over Adam, 1 draw": Method(over_adam(Lagrangian), 1),
     "Switching, 3 draws": Method(SwitchingSubgradient, 3)}
+EAGER, ONE = list(METHODS), "SSL-ALM, 1 draw, compiled"
 METHODS |= {f"{name}, compiled": m._replace(compiled=True) for name, m in METHODS.items()}
 
 

@@ -15,6 +15,8 @@ LIMITS: dict[tuple[str, str, str], float] = {
     **{("step", k, "SSL-ALM, 3 draws"): v for k, v in zip(K, (1.20, 1.30, 1.60), strict=True)},
     **{("used", k, "SSL-ALM, 1 draw"): v for k, v in zip(K, (1.00, 1.05, 1.10), strict=True)},
     **{("used", k, "Switching, 3 draws"): v for k, v in zip(K, (0.85, 0.90, 0.95), strict=True)},
+    **{("step", k, "SSL-ALM, 1 draw, compiled"): v for k, v in zip(K, (0.28, 0.36, 0.50), strict=True)},
+    **{("step", k, "SSL-ALM, 3 draws, compiled"): v for k, v in zip(K, (0.40, 0.55, 0.95), strict=True)},
     **{("sampling", k, "hctrain, 1 draw"): 0.06 for k in K},
     ("constraints", "m = 200", "SSL-ALM, 1 draw"): 1.0,
     ("weights", "n = 10M", "SSL-ALM, 1 draw"): 0.65,

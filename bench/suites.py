@@ -1,7 +1,9 @@
 """The measurements, a function each: `suite(effort)` yields (table, column, row, figure)."""
+import itertools
 import time
 from collections.abc import Iterator
 from functools import partial
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
@@ -33,11 +35,12 @@ def named(prefix: str, variants: dict[str, Work]) -> dict[str, Work]:
 # ------------------------------------------------------------------------- steps
 def step(effort: Effort) -> Figures:
     "A step with the batch supplied, a peer's with our rates, and a step with sampling as it is used"
-    for per_group in (8, 32, 128):
+    names = [*ours.EAGER, ours.ONE] if effort.tiny else ours.METHODS
+    for per_group in (8,) if effort.tiny else (8, 32, 128):
         task = Task(per_group=per_group)
-        variants = {**floor(task), **named("step", ours.variants(task)), **named("step", peers.variants(task)),
+        variants = {**floor(task), **named("step", ours.variants(task, True, names) | peers.variants(task)),
                     **named("own", peers.variants(task, gaps=peers.own_gaps)),
-                    **named("used", ours.variants(task, False)), **named("used", peers.variants(task, peers.as_used))}
+                    **named("used", ours.variants(task, False, names) | peers.variants(task, peers.as_used))}
         for name, f in interleave(variants, UNIT, effort).items():
             table, _, row = name.rpartition("|")
             yield table or "step", f"5 x {per_group}", row, f
@@ -85,7 +88,8 @@ def constraints(effort: Effort) -> Figures:
     "Growth with the number of constraints, on batches of 2,000 rows whatever that number"
     for m in (5, 50, 200, 500):
         task = Task(m, 2000 // m, count=8)
-        variants = {**floor(task), **ours.variants(task), **peers.variants(task)}
+        names = ours.EAGER if effort.tiny else [*ours.EAGER, ours.ONE]
+        variants = {**floor(task), **ours.variants(task, True, names), **peers.variants(task)}
         for row, f in interleave(variants, UNIT, effort).items():
             yield "constraints", f"m = {m}", row, f
 
@@ -94,15 +98,40 @@ def weights(effort: Effort) -> Figures:
     "Growth with the number of weights, on batches of 5 x 8 rows"
     for size in ("2.7k",) if effort.tiny else ("2.7k", "100k", "10M"):
         task = Task(size=size, count=8)
-        variants = {**floor(task), **ours.variants(task), **peers.variants(task, gaps=peers.own_gaps)}
+        names = ours.EAGER if effort.tiny else [*ours.EAGER, ours.ONE]
+        variants = {**floor(task), **ours.variants(task, True, names), **peers.variants(task, gaps=peers.own_gaps)}
         for row, f in interleave(variants, UNIT, effort).items():
             yield "weights", f"n = {size}", row, f
 
 
 # ------------------------------------------------------------------------ memory
+COMPILE = """
+from bench import ours
+from bench.harness import spent
+from bench.tasks import Task
+work = ours.step_of(Task(), ours.METHODS[{name!r}])
+work.step(), work.step()
+t = spent()
+work.step()
+print(spent() - t)
+"""
+
+
+def compiling(effort: Effort) -> Figures:
+    "CPU seconds of the first compiled step in a fresh interpreter, without and with what an earlier one has kept"
+    for row in [] if effort.tiny else [n for n in ours.METHODS if n not in ours.EAGER]:
+        times = {"from nothing": [], "from the cache": []}
+        for _ in range(effort.repeats if effort.full else 1):
+            with TemporaryDirectory() as cache:
+                for column in times:
+                    times[column].append(fresh(COMPILE.format(name=row), TORCHINDUCTOR_CACHE_DIR=cache))
+        for column, values in times.items():
+            yield "compiling", column, row, figure(values, "s")
+
+
 BUILD = {  # how to make a step, in a fresh interpreter
     UNIT: "plain(task)", SGD: "plain(task, torch.optim.SGD)",
-    **{n: f"ours.step_of(task, ours.METHODS[{n!r}])" for n in ours.METHODS},
+    **{n: f"ours.step_of(task, ours.METHODS[{n!r}])" for n in [*ours.EAGER, ours.ONE]},
     **{n: f"peers.step_of(task, {n!r}, peers.own_gaps(), peers.supplied(task))" for n in peers.STEPS}}
 MEMORY = """
 import re, torch
@@ -229,18 +258,17 @@ def runs(effort: Effort) -> Figures:
 def to_target(effort: Effort) -> Figures:
     "CPU seconds until the target on real Virginia, with the winner of a library's trials, on seeds of their own"
     data, points, times = target.virginia(), target.WINNERS, {}
+    rows = [r for r in target.readings() if not effort.tiny or "compiled" not in r]
     if effort.full:
-        points = {row: target.tune(row, data)[0] for row in target.readings()}
+        found = {r: target.tune(r, data)[0] for r in rows if r != target.NOTHING}
+        points = {**found, target.NOTHING: found["hctrain, compiled"]}
     cap = 0.1 if effort.tiny else 60.
-    for seed in range(100, 100 + effort.seeds):
-        for row in target.readings():
-            library, options = target.READINGS[row]
-            looks = target.race(library, data, points[row], seed, cap, **options)
-            times.setdefault(row, []).append(looks.reached or cap)
+    for seed, row in itertools.product(range(100, 100 + effort.seeds), rows):
+        times.setdefault(row, []).append(target.seconds(row, data, points[row], seed, cap))
     for row, values in times.items():
         more = {"point": points[row]._asdict(), "missed": sum(v == cap for v in values)}
         yield "target", "synthetic" if data.synthetic else "Virginia", row, figure(values, "s", **more)
 
 
 SUITES = {f.__name__: f for f in
-          (step, anatomy, constraints, weights, memory, imports, sampling, ghost, runs, to_target)}
+          (step, anatomy, compiling, constraints, weights, memory, imports, sampling, ghost, runs, to_target)}

@@ -22,6 +22,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.t = 0.
         monkeypatch.setattr("time.process_time", lambda: self.t)
+        monkeypatch.setattr(target, "spent", lambda: self.t)
 
     def work(self, seconds):
         def step():
