@@ -24,6 +24,6 @@ from .penalty import Penalty, PenaltyBarrier, SmoothedPenalty
 from .problem import KKT, Toy, kkt_residual, least_squares_multipliers, noisy_toy, toys
 from .projection import Ball, Box, Simplex, project_after
 from .replay import Replay, record
-from .sampling import BalancedSampler, Batch, RandomStreams, Streams, check_sampler
+from .sampling import BalancedSampler, Batch, LoaderStreams, RandomStreams, Streams, check_sampler
 from .sslalm import SSLALM
 from .switching import SwitchingSubgradient

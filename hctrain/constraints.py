@@ -76,6 +76,11 @@ def readable(t: Tensor) -> bool:
     "Whether a check may read `t` back: on the CPU, in eager mode, outside `torch.func` transforms and recordings"
     return t.is_cpu and not unread and not torch.compiler.is_compiling() and not _wrapped(t)
 
+
+def _comes_again(g: Tensor, t: Tensor) -> bool:
+    "Whether what is known of the codes `g` may be kept: they are marked, and the step with `t` is a plain one"
+    return getattr(g, "comes_again", False) and not torch.compiler.is_compiling() and not _wrapped(t)
+
 # %% ../nbs/01_constraints.ipynb #214842b7
 def binary_labels(
     y: Tensor | None,  # Labels 0 or 1, shape (n,)
@@ -331,11 +336,22 @@ class GroupWeights:
         n_groups: int | None = None,        # Number of groups, where it is known
     ):
         self.exact = self.cast = weight_vector(weights, n_groups)
+        self.codes, self.version, self.kept = None, -1, None
 
     def __call__(self, t: Tensor) -> Tensor:
         if self.cast.dtype != t.dtype or self.cast.device != t.device:
             self.cast = self.exact.to(t)
         return self.cast
+
+    def rows(self, g: Tensor, t: Tensor) -> Tensor:
+        "The weight of each row, shape (n,); kept for codes that come again"
+        if g is self.codes and g._version == self.version and self.kept.dtype == t.dtype and g.shape == t.shape:
+            return self.kept
+        check_codes(g, t)
+        rows = self(t).index_select(0, g)
+        if _comes_again(g, t):
+            self.codes, self.version, self.kept = g, g._version, rows
+        return rows
 
 # %% ../nbs/01_constraints.ipynb #c5461ff0
 def check_reference(reference, n_groups: int, weights) -> None:
@@ -403,11 +419,11 @@ class GapMatrix:
         p = statistic.rows(out, batch.y, hard) if hasattr(statistic, "rows") else None
         if p is None or (D := self(batch.g, p)) is None:
             return None
-        return D @ p if isinstance(self.reference, (str, Integral)) else D @ p - self.reference
+        return D.mv(p) if isinstance(self.reference, (str, Integral)) else D.mv(p) - self.reference
 
     def __call__(self, g: Tensor, p: Tensor) -> Tensor | None:
         "D in the dtype of `p`, shape (G, n), or None"
-        if torch.compiler.is_compiling() or _wrapped(p) or not getattr(g, "comes_again", False) or g.shape != p.shape:
+        if not _comes_again(g, p) or g.shape != p.shape:
             return None
         if g is not self.codes or g._version != self.version or self.matrix.dtype != p.dtype:
             self.codes, self.version, self.matrix = g, g._version, self.make(g, p)
@@ -624,13 +640,13 @@ class WeightedBCE:
         check_rows(y)
         if self.weights is None:
             return F.binary_cross_entropy_with_logits(z, y)
-        w = self.weights(z)
-        check_codes(batch.g, z)
         try:
-            return F.binary_cross_entropy_with_logits(z, y, weight=w.index_select(0, batch.g))
+            w = self.weights.rows(batch.g, z)
         except IndexError:
-            raise ValueError(f"expected group codes in 0..{len(w) - 1}, got codes from {int(batch.g.min())} "
-                             f"to {int(batch.g.max())}: pass as many weights as there are groups") from None
+            low, high, n = int(batch.g.min()), int(batch.g.max()), len(self.weights.exact)
+            raise ValueError(f"expected group codes in 0..{n - 1}, got codes from {low} to {high}: "
+                             "pass as many weights as there are groups") from None
+        return F.binary_cross_entropy_with_logits(z, y, weight=w)
 
     def __repr__(self) -> str:
         return f"WeightedBCE({'' if self.weights is None else [round(w, 4) for w in self.weights.exact.tolist()]})"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import math
@@ -19,6 +20,7 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from .problem import Battery, Toy, leaves, require, same, toys
 
@@ -126,7 +128,7 @@ class _Values:
                             "torch.stack the values")
         if c.shape != (self.m,):
             raise ValueError(f"expected {name} of shape ({self.m},), got {tuple(c.shape)}: pass one value a constraint")
-        if not c.is_floating_point() or torch.promote_types(c.dtype, self.dtype) != self.dtype:
+        if c.dtype != self.dtype and not self.holds(c.dtype):
             raise TypeError(f"expected {name} of a float type that {self.dtype} holds, got {c.dtype}: convert it")
         if c.device != self.device:
             raise ValueError(f"expected {name} on {self.device}, got {c.device}: "
@@ -135,6 +137,10 @@ class _Values:
             raise ValueError(f"expected {name} with a graph, got a detached tensor: "
                              "compute it from the model outside no_grad")
         return c.to(self.dtype)
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        "Whether it is a float type that goes into the optimizer's without loss"
+        return dtype.is_floating_point and torch.promote_types(dtype, self.dtype) == self.dtype
 
 # %% ../nbs/04_optimizer.ipynb #d0ce4a67
 class _Mask:
@@ -212,7 +218,7 @@ class _FiniteScalar:
     "The same for the scalar of `lagrangian`"
     def finite_scalar(self, L: Tensor, f: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor | None]:
         "L, and whether all that it was made of is finite; `None` for yes"
-        if not self.deferred and math.isfinite(L.item()) and is_finite(c2):
+        if not self.deferred and math.isfinite(L.item()) and (c2.is_set_to(c1) or is_finite(c2)):
             return L, None
         ok = self.finite(f=f, c1=c1, c2=c2, L=L)
         return spoiled(L, ok), ok
@@ -352,11 +358,37 @@ class _Groups:
     def param_groups(self, groups):
         pass  # torch assigns a list when it starts and when it loads; the primal optimizer keeps its own
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        "Forget the gradients"
+        if not set_to_none or torch.autograd._profiler_enabled():
+            return super().zero_grad(set_to_none)
+        for p in (p for g in self.param_groups for p in g["params"]):
+            p.grad = None
+
     def groups(self) -> Iterator[tuple[dict, list[Tensor], list[Tensor]]]:
         "Each group with its tensors that have a gradient, and the gradients"
         for g in self.param_groups:
-            if x := [p for p in g["params"] if p.grad is not None]:
-                yield g, x, [p.grad for p in x]
+            if pairs := [(p, grad) for p in g["params"] if (grad := p.grad) is not None]:
+                yield g, [p for p, _ in pairs], [grad for _, grad in pairs]
+
+# %% ../nbs/04_optimizer.ipynb #3c3a86c3
+class _Watched:
+    "Torch's wrapper of `step`, only where somebody watches"
+    @property
+    def watched(self) -> bool:
+        "Whether a profiler runs, or a hook waits for a step"
+        return bool(torch.autograd._profiler_enabled()
+                    or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+                    or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks)
+
+    @staticmethod
+    def profile_hook_step(step: Callable) -> Callable:
+        "What torch calls to wrap `step`"
+        wrapped = torch.optim.Optimizer.profile_hook_step(step)
+        @functools.wraps(step)
+        def either(self, *args, **kwargs):
+            return (wrapped if self.watched else step)(self, *args, **kwargs)
+        return either
 
 # %% ../nbs/04_optimizer.ipynb #19644dcf
 class _LateGroups:
@@ -387,24 +419,28 @@ class _Smooth:
     "Anchors z that follow x, and the force μ (x − z); the method's options are `mu` and `beta`"
     def anchors(self, x: list[Tensor]) -> list[Tensor]:
         "The anchor of each tensor, made as its copy at first sight"
-        for p in x:
-            if "z" not in self.state[p]:
-                self.state[p]["z"] = p.detach().clone()
-        return [self.state[p]["z"] for p in x]
+        states = [self.state[p] for p in x]
+        for p, state in zip(x, states, strict=True):
+            if "z" not in state:
+                state["z"] = p.detach().clone()
+        return [state["z"] for state in states]
 
     def smooth(self, closure: Callable | None) -> tuple[Callable, Callable]:
         "A force for `descend`, and what to call after it"
-        late = {}
+        waiting = {}
         def force(g, x, grads, ok):
             z = self.anchors(x)
-            torch._foreach_add_(grads, torch._foreach_sub(x, z), alpha=g["mu"])   # G ← G + μ (x − z)
-            if closure is None:
-                follow(g, x, z, ok)
-            elif id(g) not in late:
-                late[id(g)] = g, [p.clone() for p in x], z, ok
-        def follow(g, x, z, ok):                                              # z ← z + β (x − z)
-            torch._foreach_lerp_(z, x, g["beta"] if ok is None else [(g["beta"] * ok).to(zi) for zi in z])
-        return force, lambda: [follow(*args) for args in late.values()]
+            d = z if closure is None and ok is None else [t.clone() for t in z]
+            torch._foreach_sub_(d, x)
+            torch._foreach_add_(grads, d, alpha=-g["mu"])                     # G ← G + μ (x − z)
+            torch._foreach_add_(d, d, alpha=-g["beta"])
+            torch._foreach_add_(d, x)                                         # z ← x + (1 − β)(z − x)
+            if d is not z:
+                waiting.setdefault(id(g), (z, d, ok))
+        def follow():
+            for z, new, ok in waiting.values():
+                torch._foreach_copy_(z, new if ok is None else [torch.where(ok, n, t) for n, t in zip(new, z)])
+        return force, follow
 
 # %% ../nbs/04_optimizer.ipynb #45b8c480
 class _Descend:
@@ -412,12 +448,15 @@ class _Descend:
     def descend(self, optimizer: torch.optim.Optimizer, closure: Callable | None, force: Callable | None = None):
         "One step of a torch optimizer on checked gradients plus the method's force, then the projection"
         def evaluate():
-            loss = None if closure is None else torch.enable_grad()(closure)()
+            loss = torch.enable_grad()(closure)()
             with torch.no_grad():
                 self.apply(force)
             return loss
-        once = lambda: (evaluate(), optimizer.step())[0]
-        loss = once() if closure is None else self.evaluated_again(optimizer, evaluate)
+        if closure is None:
+            loss = self.apply(force)
+            optimizer.step()
+        else:
+            loss = self.evaluated_again(optimizer, evaluate)
         self.keep_in_set()
         return loss
 
@@ -490,7 +529,7 @@ def listed(params: Iterable) -> list:
 
 # %% ../nbs/04_optimizer.ipynb #284f7bed
 class ConstrainedOptimizer(_Values, _Mask, _Losses, _Finite, _FiniteScalar, _FiniteGradients, _State,
-                           _StateCheck, _Copies, _Groups, _LateGroups, _Smooth, _Again, _Descend, _Shown,
+                           _StateCheck, _Copies, _Watched, _Groups, _LateGroups, _Smooth, _Again, _Descend, _Shown,
                            torch.optim.Optimizer):
     "Base of every algorithm: torch optimizers for the weights, and vectors of shape (m,) for the constraints"
     saved: tuple[str, ...] = ()           # attributes that a state dict carries

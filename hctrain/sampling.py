@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from .problem import Battery, require, same
 
 # %% auto #0
 __all__ = ['SAMPLER_RULES', 'Batch', 'random_words', 'BalancedTable', 'Draws', 'BalancedSampler', 'Streams', 'RandomStreams',
-           'check_sampler']
+           'LoaderStreams', 'check_sampler']
 
 # %% ../nbs/02_sampling.ipynb #3d39d6b6
 class Batch(NamedTuple):
@@ -69,7 +70,7 @@ def _group_codes(
     if len(empty):
         raise ValueError(f"expected rows of every group 0..{n - 1}, got none of {empty[:5].tolist()}: "
                          "recode the groups without gaps, or drop those that are empty")
-    return a.astype(np.int64)
+    return a.astype(np.int64, copy=False)
 
 # %% ../nbs/02_sampling.ipynb #47e1f3e3
 class BalancedTable:
@@ -135,6 +136,11 @@ class Draws:
         i, width = self._make(n), n * self.table.size
         self.t += 1
         return self._rows[i, :width] if self._made[1] > n else self._rows[i]
+
+    def rows_ahead(self, n: int, most: int) -> Tensor:
+        "Row numbers of at most so many next draws of the first n streams, shape (draws, n * G * k); the position stays"
+        i = self._make(n)
+        return self._rows[i:i + most, :n * self.table.size]
 
     def joined_rows(self, n: int) -> Tensor:
         "Row numbers of the next n batches of the first stream, one after the other, shape (n * G * k,)"
@@ -213,6 +219,11 @@ class BalancedSampler(Draws):
             yield self.next_rows(1).tolist()
 
 # %% ../nbs/02_sampling.ipynb #b83975fb
+def _all_finite(t: Tensor) -> bool:
+    "Whether all entries are finite; a piece at a time, so that a table on disk is read once and not kept"
+    return all(bool(part.isfinite().all()) for part in t.split(max(1, 2**20 // max(1, t[:1].numel()))))
+
+
 def _checked(x: Tensor, y: Tensor, g: Tensor) -> Batch:
     "The three tensors as one data set, labels in the dtype of the features; refused where they do not fit"
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not isinstance(g, Tensor):
@@ -226,14 +237,69 @@ def _checked(x: Tensor, y: Tensor, g: Tensor) -> Batch:
                          "move them together")
     y = y.detach().to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
     for name, t in (("x", x), ("y", y)):
-        if not bool(t.isfinite().all()):
+        if not _all_finite(t):
             raise ValueError(f"expected finite values in {name}, got NaN or infinity: drop or fill the rows without")
     return Batch(x.detach(), y, g.detach())
 
+# %% ../nbs/02_sampling.ipynb #22604d34
+class _SharedCodes:
+    "Group codes that all balanced batches share"
+    _g: Tensor | None = None
+    def codes(self) -> Tensor:
+        "Group codes of a batch"
+        if self._g is None:
+            with torch.inference_mode(False):  # only an ordinary tensor counts the writes into it
+                self._g = torch.arange(self.n_groups, device=self.device).repeat_interleave(self.per_group)
+            self._g.comes_again = True  # `RateGap` may keep what it knows of it
+        return self._g
+
+    def check_untouched(self) -> None:
+        "Refuse to go on with codes that somebody wrote into"
+        if self._g is not None and self._g._version:
+            raise ValueError("expected the group codes of a balanced batch as drawn, got them changed in place: "
+                             "clone batch.g before writing into it, since all batches share it")
+
+
+class _Ahead(_SharedCodes, Draws):
+    "Batches gathered some draws ahead"
+    cache = 2**18             # bytes of features that are gathered at a time
+    _ahead = 0, 0, 0, (), []  # draws t0 to t1 - 1 of n streams, from these versions of the data: their batches
+    def next_batches(self, n: int) -> list[Batch]:
+        "The next batch of each of the first n streams"
+        t0, t1, made, seen, batches = self._ahead
+        if not t0 <= self.t < t1 or n > made or seen != self._versions():
+            t0, t1, made, seen, batches = self._ahead = self._gather(n)
+        i = (self.t - t0) * made
+        self.t += 1
+        return batches[i:i + n]
+
+    def _versions(self) -> tuple[int, ...]:
+        "Others after a write into the data"
+        return tuple(0 if t.is_inference() else t._version for t in self.data)
+
+    @torch.inference_mode(False)
+    def _gather(self, n: int) -> tuple:
+        "The next draws of n streams, what was gathered for them, and from what"
+        x, size = self.data.x, self.table.size
+        draw = n * size * x[:1].numel() * x.element_size()
+        rows = self.rows_ahead(n, 1 + self.cache // max(1, draw))
+        fields = [t.index_select(0, rows.reshape(-1)).view(-1, size, *t.shape[1:]).unbind() for t in self.data[:2]]
+        codes = self._codes(rows.reshape(-1), len(fields[0]))
+        batches = [Batch(x.data, y.data, g) for x, y, g in zip(*fields, codes, strict=True)]
+        return self.t, self.t + len(rows), n, self._versions(), batches
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Go to a saved position"
+        super().load_state_dict(state)
+        self._ahead = _Ahead._ahead
+
+    def __getstate__(self) -> dict[str, Any]:
+        "For copies and pickles, which gather for themselves and make codes of their own"
+        return {**self.__dict__, "_g": None, "_ahead": _Ahead._ahead}
+
 # %% ../nbs/02_sampling.ipynb #b9747a90
-class Streams(Draws):
+class Streams(_Ahead):
     "Independent streams of balanced batches from tensors in memory: `for xi, z0, z1, z2 in streams`"
-    _g: Tensor | None = None  # group codes that all balanced batches share
     def __init__(self,
         x: Tensor,                 # Features, shape (N, ...)
         y: Tensor,                 # Labels, shape (N,)
@@ -252,12 +318,8 @@ class Streams(Draws):
         k = self.n if k is None else k
         if not 1 <= _whole("k", k, 1) <= self.n:
             raise ValueError(f"expected 1 to {self.n} batches, got {k}: draw fewer, or make Streams with a larger n")
-        if self._g is not None and self._g._version:
-            raise ValueError("expected the group codes of a balanced batch as drawn, got them changed in place: "
-                             "clone batch.g before writing into it, since all batches share it")
-        rows = self.next_rows(k)
-        x, y = (t.index_select(0, rows).view(k, self.table.size, *t.shape[1:]).unbind() for t in self.data[:2])
-        return [Batch(*b) for b in zip(x, y, self._codes(rows, k), strict=True)]
+        self.check_untouched()
+        return self.next_batches(k)
 
     def join(self, sizes: Sequence[int]) -> list[Batch]:
         "For each n of `sizes` the next n batches of the first stream as one; every stream moves on by their sum"
@@ -275,15 +337,7 @@ class Streams(Draws):
 
     def _codes(self, rows: Tensor, k: int) -> Sequence[Tensor]:
         "Group codes of k batches: one tensor for all"
-        if self._g is None:
-            with torch.inference_mode(False):  # only an ordinary tensor counts the writes into it
-                self._g = torch.arange(self.n_groups, device=self.device).repeat_interleave(self.per_group)
-            self._g.comes_again = True  # `RateGap` may keep what it knows of it
-        return [self._g] * k
-
-    def __getstate__(self) -> dict[str, Any]:
-        "For copies and pickles, which make codes of their own"
-        return {**self.__dict__, "_g": None}
+        return [self.codes()] * k
 
     def __iter__(self) -> Iterator[list[Batch]]:
         "Draws without end"
@@ -318,6 +372,78 @@ class RandomStreams(Streams):
     def passes(self) -> Tensor:
         "How many times each group's rows have been gone through on average, shape (G,)"
         return torch.full((self.n_groups,), self.t * self.batch_size / len(self.data.y))
+
+# %% ../nbs/02_sampling.ipynb #e1eee21c
+class _RowLists:
+    "Row numbers of one draw after the other, as the lists that a DataLoader wants"
+    def __init__(self, table: BalancedTable, streams: Sequence[int], t: int):
+        self.draws = Draws(table, streams)
+        self.draws.t = t
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            yield self.draws.next_rows(len(self.draws.streams)).tolist()
+
+
+def _as_batches(read: Sequence[Tensor], g: Tensor, n: int) -> list[Batch]:
+    "What a loader has read, as n batches with these codes, after the checks"
+    codes = g.cpu().repeat(n)
+    if not isinstance(read, (tuple, list)) or len(read) not in (2, 3):
+        raise ValueError(f"expected x and y of each row, or x, y and g, got {type(read).__name__} of {len(read)}: "
+                         "return a tuple from the data set")
+    if len(read) == 3 and not torch.equal(read[2], codes):
+        raise ValueError("expected rows of the groups that the codes say, got others from the data set: "
+                         "give codes in the order of the data set")
+    x, y = (t.to(g.device, non_blocking=True).split(len(g)) for t in _checked(*read[:2], codes)[:2])
+    return [Batch(*b, g) for b in zip(x, y, strict=True)]
+
+# %% ../nbs/02_sampling.ipynb #54867e9d
+class LoaderStreams(Streams):
+    "Independent streams of balanced batches of what a DataLoader reads, in this process or in workers"
+    _reader = 0, 0, None  # position, number of streams, and who reads them
+    def __init__(self,
+        dataset: Dataset,  # `dataset[i]` gives x and y of row i, or x, y and g
+        g: Tensor | np.ndarray | Sequence[int],  # Group code 0..G-1 of each row
+        per_group: int,    # Rows of each group in a batch, k
+        n: int = 4,        # Number of streams
+        replacement: bool = True,            # Draw independently, or go through each group's rows in epochs
+        seed: int = 0,     # Seed of its own: no global generator is read or changed
+        device: torch.device | str = "cpu",  # Where batches go
+        **options,         # What a DataLoader takes besides, such as `num_workers=4`
+    ):
+        self.dataset, self.options, self.n = dataset, options, _whole("n", n, 1)
+        Draws.__init__(self, BalancedTable(g, per_group, replacement, seed), range(self.n), device)
+        if len(dataset) != len(self.table._order):
+            raise ValueError(f"expected one group code a row, {len(dataset)}, got {len(self.table._order)}: "
+                             "give codes in the order of the data set")
+        self.weights = _inverse_propensity(self.counts, torch.get_default_dtype()).to(device)
+        self._loader(1)
+
+    def _loader(self, n: int) -> DataLoader:
+        "A loader of n streams from here on"
+        rows, own = _RowLists(self.table, self.streams[:n], self.t), torch.Generator().manual_seed(self.table.seed)
+        return DataLoader(self.dataset, batch_sampler=rows, **{"generator": own, **self.options})
+
+    def next_batches(self, n: int) -> list[Batch]:
+        "The next batch of each of the first n streams"
+        t, streams, reader = self._reader
+        if reader is None or (t, streams) != (self.t, n):
+            reader = iter(self._loader(n))
+        self._reader = LoaderStreams._reader  # if reading fails, the next try starts here again
+        batches = _as_batches(next(reader), self.codes(), n)
+        self.t += 1
+        self._reader = self.t, n, reader
+        return batches
+
+    def join(self, sizes: Sequence[int]) -> list[Batch]:
+        "For each n of `sizes` the next n batches of the first stream as one; every stream moves on by their sum"
+        sizes = [_whole("each of sizes", n, 1) for n in sizes]
+        parts = [[self.draw(1)[0] for _ in range(n)] for n in sizes]
+        return [p[0] if len(p) == 1 else Batch(*map(torch.cat, zip(*p, strict=True))) for p in parts]
+
+    def __getstate__(self) -> dict[str, Any]:
+        "For copies and pickles, which read for themselves"
+        return {**super().__getstate__(), "_reader": LoaderStreams._reader}
 
 # %% ../nbs/02_sampling.ipynb #c8ac8619
 SAMPLER_RULES = Battery("sampler")

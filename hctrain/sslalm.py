@@ -109,7 +109,15 @@ class SSLALM(_Form, _Slack, Multipliers, ConstrainedOptimizer):
         ok = self.finite(c0=c0)
         self.dual.step(masked(self.form("residual", c0, self.s), ok))             # (3)  y ← y + η c(x, ζ₀)
         self.y.copy_(self.form("multiplier", self.y))
-        self.y.masked_fill_(self.y.norm() >= self.dual_bound, 0)                  #      restart at 0
+        self.restart()                                                            #      restart at 0
+
+    def restart(self):
+        "y ← 0 where its norm has reached the bound"
+        norm = torch.linalg.vector_norm(self.y)
+        if self.deferred:
+            self.y.masked_fill_(norm >= self.dual_bound, 0)
+        elif norm.item() >= self.dual_bound:
+            self.y.zero_()
 
     def lagrangian(self, f, c1, c2=None):
         "Scalar with the gradient ∇f + ∇c(x, ζ₁)ᵀ (y + ρ (c(x, ζ₂) + s)); `c2=None` takes the values of `c1`"
