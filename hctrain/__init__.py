@@ -3,6 +3,7 @@
 __version__ = "0.0.1"
 
 from .constraints import (
+    AllOf,
     MeanGap,
     Proxy,
     RateGap,

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from .sampling import Batch
 
 # %% auto #0
-__all__ = ['PROTECTED', 'number_groups', 'pums_path', 'synthetic_root', 'read_pums', 'ACS', 'load_acs', 'download_pums',
-           'network']
+__all__ = ['PROTECTED', 'number_groups', 'pums_path', 'synthetic_root', 'read_pums', 'ACS', 'refuse_small', 'load_acs',
+           'download_pums', 'network']
 
 # %% ../nbs/30_acs.ipynb #6ce25bf8
 PROTECTED = {
@@ -41,8 +41,8 @@ PROTECTED = {
 
 # %% ../nbs/30_acs.ipynb #7661f9b1
 def number_groups(
-    values: np.ndarray,                   # One census code a row
-    groups: dict[str, Iterable[int]],     # Name of each group and the census codes that belong to it
+    values: np.ndarray,                   # One census code a row; words will do as well
+    groups: dict[str, Iterable],          # Name of each group and the codes that belong to it
 ) -> tuple[np.ndarray, tuple[str, ...]]:  # Codes 0 to G-1, and the names of the G groups that occur
     "Number the groups that occur, in the order of `groups`"
     g, names = np.full(len(values), -1), []
@@ -55,7 +55,7 @@ def number_groups(
             g[hit] = len(names)
             names.append(name)
     if (g < 0).any():
-        missed = ", ".join(f"{v:g}" for v in np.unique(values[g < 0])[:8])
+        missed = ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in np.unique(values[g < 0])[:8])
         raise ValueError(f"expected every code to belong to a group, got rows with {missed}: add them to a group")
     return g, tuple(names)
 
@@ -203,7 +203,7 @@ def _income(
     return np.delete(u, a, axis=1), y, g, tuple(c for c in task.features if c != protected), group_names
 
 # %% ../nbs/30_acs.ipynb #e1900ae7
-def _refuse_small(
+def refuse_small(
     g: np.ndarray,           # Group codes of all rows
     parts: dict,             # Name of each part of the split, and its rows
     names: tuple[str, ...],  # Names of the groups
@@ -237,7 +237,7 @@ def load_acs(
     u, y, g, feature_names, group_names = _income(df, protected, groups)
     train, test = _need("sklearn.model_selection").train_test_split(
         np.arange(len(y)), test_size=test_size, random_state=seed)
-    _refuse_small(g, {"training": train, "test": test}, group_names, min_rows)
+    refuse_small(g, {"training": train, "test": test}, group_names, min_rows)
     scaler = _need("sklearn.preprocessing").StandardScaler().fit(u[train])
 
     def batch(rows):

@@ -55,8 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--version", action="version", version=f"hctrain {version('hctrain')}")
     acs = p.add_subparsers(dest="command", required=True, parser_class=_Parser).add_parser(
         "acs", help="compare algorithms on the census income task", argument_default=argparse.SUPPRESS)
-    a, whole = acs.add_argument, lambda name: _number(int, 1, name)
-    real = lambda name: _number(float, 0, name, strict=True)
+    a, whole, real = acs.add_argument, lambda name: _number(int, 1, name), lambda name: _number(float, 0, name, True)
     a("--data", metavar="FOLDER", help="census files as folktables lays them out (the package's synthetic Virginia)")
     a("--download", action="store_true", help="fetch a missing file from the Census Bureau into --data")
     a("--state", help="postal code of the state (VA)")

@@ -134,17 +134,19 @@ class Setting:
 
 # %% ../nbs/23_compare.ipynb #1a3f9b5b
 def measure(
-    model: nn.Module,   # The network
-    data,               # Has `train`, `test` (batches) and `n_groups`
-    bound: float = 0.05 # Largest gap allowed
+    model: nn.Module,    # The network
+    data,                # Has `train`, `test` (batches) and `n_groups`
+    bound: float = 0.05, # Largest gap allowed
+    statistics: Sequence[Callable] = (positive_rate,) # Whose gaps are measured, one after the other
 ) -> dict:
     "Loss, accuracy, and of each group the gap in scores, the gap in decisions and the rate, on train and test"
     values = {}
     for split in ("train", "test"):
-        ev = evaluate(model, getattr(data, split), n_groups=data.n_groups, bound=bound)
-        values |= {f"{split}_loss": ev.loss, f"{split}_accuracy": ev.accuracy,
-                   f"{split}_gaps": ev.soft.gaps, f"{split}_hard_gaps": ev.hard.gaps,
-                   f"{split}_rates": ev.soft.values}
+        evs = [evaluate(model, getattr(data, split), s, data.n_groups, bound) for s in statistics]
+        values |= {f"{split}_loss": evs[0].loss, f"{split}_accuracy": evs[0].accuracy,
+                   f"{split}_gaps": torch.cat([ev.soft.gaps for ev in evs]),
+                   f"{split}_hard_gaps": torch.cat([ev.hard.gaps for ev in evs]),
+                   f"{split}_rates": torch.cat([ev.soft.values for ev in evs])}
     return values
 
 # %% ../nbs/23_compare.ipynb #6b8e47a4
@@ -183,6 +185,7 @@ def run_one(
     algorithm: Algorithm,                 # What to train with
     seed: int,                            # Of network and batches
     setting: Setting = Setting(),         # What all algorithms share
+    measured: Callable = measure,         # `measured(model, data, bound)`: what to record, under the names of `measure`
     **kw                                  # More for `train`, such as a checkpoint
 ) -> tuple[Run, nn.Module]:
     "Train one algorithm from one seed; the run and the trained network"
@@ -197,7 +200,7 @@ def run_one(
         torch.manual_seed(seed)
         run = train(model, opt, WeightedBCE(weights), gaps, streams, steps=setting.steps, seconds=setting.seconds,
                     draws=setting.draws, evaluations=setting.evaluations, anneal=setting.anneal,
-                    evaluate=lambda: measure(model, data, setting.bound),
+                    evaluate=lambda: measured(model, data, setting.bound),
                     parts={"what": What(algorithm, setting)}, **kw)
     return run, model
 
@@ -209,7 +212,8 @@ def compare(
     setting: Setting = Setting(),                         # What all share
     folder: str | Path | None = None,                     # Where each run keeps its checkpoint
     resume: bool = False,                                 # Go on from the checkpoints that are there
-    progress: bool = True                                 # Show a bar for each run
+    progress: bool = True,                                # Show a bar for each run
+    measured: Callable = measure                          # What to record, as for `run_one`
 ) -> dict[str, list[Run]]:
     "Train every algorithm from every seed; runs by label. After Ctrl-C the last run says that it is not finished"
     _check_algorithms(algorithms)
@@ -218,8 +222,8 @@ def compare(
     for i, (seed, a) in enumerate(jobs):
         file = None if folder is None else Path(folder) / f"{re.sub('[^a-z0-9]+', '-', a.label.lower())}-{seed}.pt"
         title = f"{a.label}, seed {seed} ({i + 1} of {len(jobs)})"
-        run, _ = run_one(data, network, a, seed, setting, checkpoint=file, progress=title if progress else False,
-                         resume=resume and file is not None and file.exists())
+        run, _ = run_one(data, network, a, seed, setting, measured, checkpoint=file,
+                         progress=title if progress else False, resume=resume and file is not None and file.exists())
         runs[a.label].append(run)
         if run.interrupted:
             break

@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ['unread', 'Rates', 'flat_logits', 'readable', 'binary_labels', 'check_codes', 'group_sum', 'hard_decision',
            'positive_rate', 'true_positive_rate', 'false_positive_rate', 'accuracy', 'loss_rate', 'smoothed_step',
            'Sharpened', 'reference_rate', 'Carry', 'GroupWeights', 'GapMatrix', 'RateGap', 'MeanGap', 'Proxy',
-           'true_values', 'WeightedBCE', 'fairret_rate']
+           'true_values', 'AllOf', 'WeightedBCE', 'fairret_rate']
 
 # %% ../nbs/01_constraints.ipynb #2715fc0f
 class Rates(NamedTuple):
@@ -624,6 +624,58 @@ def true_values(gaps: Callable, out: Tensor, batch) -> Tensor:
     "Constraint values for the multipliers: the true ones of a proxy, those of `gaps` otherwise; no gradient"
     with torch.no_grad():
         return getattr(gaps, "true", gaps)(out, batch)
+
+# %% ../nbs/01_constraints.ipynb #e8b54e8b
+def check_parts(parts) -> None:
+    "Raise ValueError for parts of `AllOf` that cannot be meant"
+    if bad := [_name(p) for p in parts if not callable(p) or not isinstance(getattr(p, "m", None), Integral)]:
+        raise ValueError(f"expected constraints that know their number m, got {', '.join(bad)}: "
+                         "pass RateGap, or give your function an attribute m")
+    if len(parts) < 2:
+        raise ValueError(f"expected two parts or more, got {len(parts)}: one part needs no AllOf")
+
+
+def load_parts(whole, state) -> None:
+    "Load a state into each part; refused by one, it changes none"
+    before = whole.state_dict()
+    if not isinstance(state, dict) or state.keys() != before.keys():
+        got = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"expected the states of parts {sorted(before)}, got {got}: load the state of the same parts")
+    try:
+        for i, part in state.items():
+            whole.parts[int(i)].load_state_dict(part)
+    except Exception:
+        for i, part in before.items():
+            whole.parts[int(i)].load_state_dict(part)
+        raise
+
+# %% ../nbs/01_constraints.ipynb #0e960055
+class AllOf:
+    "Constraints of several parts as one vector, such as two rates a group: `AllOf(gaps, more)(out, batch)`"
+    def __init__(self,
+        *parts,  # Two or more of `RateGap`, `MeanGap`, `Proxy`, or anything that is called alike and has `m`
+    ):
+        check_parts(parts)
+        self.parts, self.m = parts, sum(p.m for p in parts)
+        self.is_mean = all(getattr(p, "is_mean", False) for p in parts)
+        self.weights = next((w for p in parts if (w := getattr(p, "weights", None)) is not None), None)
+        if any(hasattr(p, "true") for p in parts):
+            self.true = AllOf(*(getattr(p, "true", p) for p in parts))
+
+    def __call__(self, out: Tensor, batch) -> Tensor:
+        "Constraints of one batch, shape (m,)"
+        return torch.cat([p(out, batch) for p in self.parts])
+
+    def state_dict(self) -> dict[str, dict]:
+        "What the parts carry, by their place"
+        return {str(i): p.state_dict() for i, p in enumerate(self.parts) if hasattr(p, "state_dict")}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        "Restore what `state_dict` gave; a state that does not fit is refused and changes nothing"
+        load_parts(self, state)
+
+    def __repr__(self) -> str:
+        return f"AllOf({', '.join(map(str, self.parts))})"
 
 # %% ../nbs/01_constraints.ipynb #0e1bc6e6
 class WeightedBCE:

@@ -144,6 +144,7 @@ class Picture(Figure):
         width: float,   # Width in inches
         height: float,  # Height in inches
     ):
+        "Make an empty one"
         super().__init__(figsize=(width, height))
 
     def _repr_png_(self):

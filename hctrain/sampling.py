@@ -259,20 +259,10 @@ class _SharedCodes:
             raise ValueError("expected the group codes of a balanced batch as drawn, got them changed in place: "
                              "clone batch.g before writing into it, since all batches share it")
 
-
-class _Ahead(_SharedCodes, Draws):
-    "Batches gathered some draws ahead"
-    cache = 2**18             # bytes of features that are gathered at a time
-    _ahead = 0, 0, 0, (), []  # draws t0 to t1 - 1 of n streams, from these versions of the data: their batches
-    def next_batches(self, n: int) -> list[Batch]:
-        "The next batch of each of the first n streams"
-        t0, t1, made, seen, batches = self._ahead
-        if not t0 <= self.t < t1 or n > made or seen != self._versions():
-            t0, t1, made, seen, batches = self._ahead = self._gather(n)
-        i = (self.t - t0) * made
-        self.t += 1
-        return batches[i:i + n]
-
+# %% ../nbs/02_sampling.ipynb #f2704245
+class _Gather(_SharedCodes, Draws):
+    "One gather for many draws"
+    cache = 2**20  # bytes of features that are gathered at a time
     def _versions(self) -> tuple[int, ...]:
         "Others after a write into the data"
         return tuple(0 if t.is_inference() else t._version for t in self.data)
@@ -287,6 +277,19 @@ class _Ahead(_SharedCodes, Draws):
         codes = self._codes(rows.reshape(-1), len(fields[0]))
         batches = [Batch(x.data, y.data, g) for x, y, g in zip(*fields, codes, strict=True)]
         return self.t, self.t + len(rows), n, self._versions(), batches
+
+# %% ../nbs/02_sampling.ipynb #633f5c0c
+class _Ahead(_Gather):
+    "Batches gathered some draws ahead"
+    _ahead = 0, 0, 0, (), []  # draws t0 to t1 - 1 of n streams, from these versions of the data: their batches
+    def next_batches(self, n: int) -> list[Batch]:
+        "The next batch of each of the first n streams"
+        t0, t1, made, seen, batches = self._ahead
+        if not t0 <= self.t < t1 or n > made or seen != self._versions():
+            t0, t1, made, seen, batches = self._ahead = self._gather(n)
+        i = (self.t - t0) * made
+        self.t += 1
+        return batches[i:i + n]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go to a saved position"
@@ -384,23 +387,46 @@ class _RowLists:
         while True:
             yield self.draws.next_rows(len(self.draws.streams)).tolist()
 
-
+# %% ../nbs/02_sampling.ipynb #415d7d21
 def _as_batches(read: Sequence[Tensor], g: Tensor, n: int) -> list[Batch]:
     "What a loader has read, as n batches with these codes, after the checks"
     codes = g.cpu().repeat(n)
     if not isinstance(read, (tuple, list)) or len(read) not in (2, 3):
         raise ValueError(f"expected x and y of each row, or x, y and g, got {type(read).__name__} of {len(read)}: "
                          "return a tuple from the data set")
-    if len(read) == 3 and not torch.equal(read[2], codes):
+    if len(read) == 3 and not torch.equal(read[2].to(codes), codes):
         raise ValueError("expected rows of the groups that the codes say, got others from the data set: "
                          "give codes in the order of the data set")
     x, y = (t.to(g.device, non_blocking=True).split(len(g)) for t in _checked(*read[:2], codes)[:2])
     return [Batch(*b, g) for b in zip(x, y, strict=True)]
 
-# %% ../nbs/02_sampling.ipynb #54867e9d
-class LoaderStreams(Streams):
-    "Independent streams of balanced batches of what a DataLoader reads, in this process or in workers"
+# %% ../nbs/02_sampling.ipynb #502bb908
+class _Reads(Streams):
+    "A DataLoader, started where it is needed"
     _reader = 0, 0, None  # position, number of streams, and who reads them
+    def _loader(self, n: int) -> DataLoader:
+        "A loader of n streams from here on"
+        rows, own = _RowLists(self.table, self.streams[:n], self.t), torch.Generator().manual_seed(self.table.seed)
+        return DataLoader(self.dataset, batch_sampler=rows, **{"generator": own, **self.options})
+
+    def next_batches(self, n: int) -> list[Batch]:
+        "The next batch of each of the first n streams"
+        t, streams, reader = self._reader
+        if reader is None or (t, streams) != (self.t, n):
+            reader = iter(self._loader(n))
+        self._reader = _Reads._reader  # if reading fails, the next try starts here again
+        batches = _as_batches(next(reader), self.codes(), n)
+        self.t += 1
+        self._reader = self.t, n, reader
+        return batches
+
+    def __getstate__(self) -> dict[str, Any]:
+        "For copies and pickles, which read for themselves"
+        return {**super().__getstate__(), "_reader": _Reads._reader}
+
+# %% ../nbs/02_sampling.ipynb #54867e9d
+class LoaderStreams(_Reads):
+    "Independent streams of balanced batches of what a DataLoader reads, in this process or in workers"
     def __init__(self,
         dataset: Dataset,  # `dataset[i]` gives x and y of row i, or x, y and g
         g: Tensor | np.ndarray | Sequence[int],  # Group code 0..G-1 of each row
@@ -419,31 +445,11 @@ class LoaderStreams(Streams):
         self.weights = _inverse_propensity(self.counts, torch.get_default_dtype()).to(device)
         self._loader(1)
 
-    def _loader(self, n: int) -> DataLoader:
-        "A loader of n streams from here on"
-        rows, own = _RowLists(self.table, self.streams[:n], self.t), torch.Generator().manual_seed(self.table.seed)
-        return DataLoader(self.dataset, batch_sampler=rows, **{"generator": own, **self.options})
-
-    def next_batches(self, n: int) -> list[Batch]:
-        "The next batch of each of the first n streams"
-        t, streams, reader = self._reader
-        if reader is None or (t, streams) != (self.t, n):
-            reader = iter(self._loader(n))
-        self._reader = LoaderStreams._reader  # if reading fails, the next try starts here again
-        batches = _as_batches(next(reader), self.codes(), n)
-        self.t += 1
-        self._reader = self.t, n, reader
-        return batches
-
     def join(self, sizes: Sequence[int]) -> list[Batch]:
         "For each n of `sizes` the next n batches of the first stream as one; every stream moves on by their sum"
         sizes = [_whole("each of sizes", n, 1) for n in sizes]
         parts = [[self.draw(1)[0] for _ in range(n)] for n in sizes]
         return [p[0] if len(p) == 1 else Batch(*map(torch.cat, zip(*p, strict=True))) for p in parts]
-
-    def __getstate__(self) -> dict[str, Any]:
-        "For copies and pickles, which read for themselves"
-        return {**super().__getstate__(), "_reader": LoaderStreams._reader}
 
 # %% ../nbs/02_sampling.ipynb #c8ac8619
 SAMPLER_RULES = Battery("sampler")

@@ -538,6 +538,12 @@ def _check_own_parts(parts):
     if taken := [k for k in parts if k in ("model", "opt", "streams", "gaps", "skip") or k.startswith("scheduler")]:
         raise ValueError(f"expected parts with names of their own, got {taken[0]!r}: train keeps that itself")
 
+def _check_arguments(model, opt, loss, evaluate, schedulers, anneal, parts):
+    "Refuse what cannot be meant"
+    _check_kinds(model, opt, loss, evaluate, schedulers, anneal)
+    _check_same_weights(model, opt)
+    _check_own_parts(parts)
+
 # %% ../nbs/21_train.ipynb #3f0d02a4
 def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules):
     "Refuse parts that do not go together"
@@ -592,9 +598,7 @@ def train(
     progress: bool | str = True              # Show a bar; a string is its title
 ) -> Run:
     "Train until the budget is used up or Ctrl-C is pressed"
-    _check_kinds(model, opt, loss, evaluate, schedulers, anneal)
-    _check_same_weights(model, opt)
-    _check_own_parts(parts := parts or {})
+    _check_arguments(model, opt, loss, evaluate, schedulers, anneal, parts or {})
     budget, do_step = Budget(steps, seconds, epochs, evaluations), choose_step(opt, draws)
     joint = rows_are_independent(model)
     _check_parts(opt, gaps, streams, resume, checkpoint, anneal and schedulers)
@@ -602,7 +606,7 @@ def train(
     attempt = skipping if check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip" else nullcontext()
     used = [0.]                                            # the share of the budget
     schedulers = [*schedulers, *[Anneal(opt, used)] * anneal]
-    kept = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": skipping, **parts}
+    kept = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": skipping, **(parts or {})}
     kept |= {f"scheduler{i}": s for i, s in enumerate(schedulers)}
     saved = None if checkpoint is None else Checkpoint(checkpoint, **kept)
     step, past, record = saved.load() if resume else (0, 0., Record())

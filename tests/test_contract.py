@@ -1,10 +1,12 @@
 """The batteries find what is broken: each variant below breaks one promise, and the sentence names it."""
+import os
+
 import pytest
 import torch
 from torch import Tensor
 
 from hctrain import SSLALM, BalancedSampler, Streams, SwitchingSubgradient, check_optimizer, check_sampler
-from hctrain.optimizer import RULES
+from hctrain.optimizer import RULES, Descent
 
 
 class ForgetsMultiplier(SSLALM):
@@ -88,13 +90,120 @@ class HidesItsNumbers(SSLALM):
         return f"HidesItsNumbers(m={self.m}, lr=0.05)"
 
 
+class DependsOnTheProcess(SSLALM):
+    def step(self, closure=None):
+        self.param_groups[0]["mu"] = 1 + 1e-6 * os.getpid()
+        return super().step(closure)
+
+
+class NoGroupsAfterLoading(SSLALM):
+    loaded = False
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.loaded = True
+
+    def add_param_group(self, group):
+        if not self.loaded:
+            super().add_param_group(group)
+
+
+class MovesWhatIsFrozen(SSLALM):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for g in self.param_groups for p in g["params"] if not p.requires_grad):
+            p.mul_(1 - self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+class ProjectsTheFirst(SSLALM):
+    def keep_in_set(self):
+        if self.project is not None:
+            self.project(self.param_groups[0]["params"][:1])
+
+
+class WritesIntoValues(SSLALM):
+    def dual_step(self, c0):
+        super().dual_step(c0)
+        c0.zero_()
+
+
+class DeafToSchedules(SSLALM):
+    def step(self, closure=None):
+        for g in self.param_groups:
+            g["lr"] = g.get("initial_lr", g["lr"])
+        return super().step(closure)
+
+
+class KeepsTheLoss(SSLALM):
+    def step(self, closure=None):
+        super().step(closure)
+
+
+class DoublePrecisionOnly(SSLALM):
+    def dual_step(self, c0):
+        super().dual_step(c0.double())
+
+
+class StepsByItself(SSLALM):
+    "Whatever torch optimizer it is given"
+    @torch.no_grad()
+    def step(self, closure=None):
+        if isinstance(self.primal, Descent):
+            return super().step(closure)
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for p in (p for g in self.param_groups for p in g["params"]):
+            p.sub_(p.grad, alpha=.05)
+        return loss
+
+
+class ReducesTheLoss(SSLALM):
+    def lagrangian(self, f, c1, c2=None):
+        return super().lagrangian(f.sum(), c1, c2)
+
+
+class TakesNaNGradients(SSLALM):
+    def finite_gradients(self, grads):
+        return None
+
+
+class SkipsHalf(SSLALM):
+    "A step that is skipped leaves the multipliers where they went; loading puts them back"
+    def put_back(self, own):
+        super().put_back(own if hasattr(self, "taking") else {k: v for k, v in own.items() if k != "y"})
+
+    def _take(self, state):
+        self.taking = True
+        super()._take(state)
+        del self.taking
+
+
+class TakesAnySetting(SSLALM):
+    def __init__(self, params, m, lr: float = .05, **options):
+        super().__init__(params, m, abs(lr), **options)
+
+
+class MasksNothing(SSLALM):
+    "Tells of a NaN, but keeps it"
+    def finite(self, **tensors):
+        super().finite(**tensors)
+
+
 @pytest.mark.parametrize(("broken", "rule"), [
     (ForgetsMultiplier, "resumes bit for bit from a state"), (AliasesState, "saves snapshots"),
     (TakesNaN, "refuses constraint values"), (WrongSign, "finds the known solutions"),
     (SlackNotProjected, "finds the known solutions"), (IgnoresLateGroups, "treats parameter groups as torch does"),
     (MovesTwice, "from parts whose gradients add up"), (KeepsState, "resumes bit for bit"),
     (StepsFromItsOwnGradient, "after clipping"), (HalfRefused, "refuses a state that does not fit"),
-    (DeafToDualSchedules, "lets a scheduler drive its dual step"), (HidesItsNumbers, "shows its class")])
+    (DeafToDualSchedules, "lets a scheduler drive its dual step"), (HidesItsNumbers, "shows its class"),
+    (DependsOnTheProcess, "resumes bit for bit in a new process"),
+    (NoGroupsAfterLoading, "added after loading and copying"), (MovesWhatIsFrozen, "leaves frozen"),
+    (ProjectsTheFirst, "projects onto X"), (WritesIntoValues, "leaves the values that it is given alone"),
+    (DeafToSchedules, "follows a learning-rate scheduler"), (KeepsTheLoss, "same step with a closure"),
+    (DoublePrecisionOnly, "works in float64, float32"), (StepsByItself, "with any torch optimizer"),
+    (ReducesTheLoss, "refuses losses and gradients"), (TakesNaNGradients, "refuses losses and gradients"),
+    (SkipsHalf, "goes back to where it was"), (TakesAnySetting, "refuses hyper-parameters"),
+    (MasksNothing, "where refusals wait")])
 def test_broken_optimizers_are_named(broken, rule, monkeypatch):
     slow = {"finds the known solutions", "resumes bit for bit in a new process"} - {rule}
     monkeypatch.setattr(RULES, "rules", {k: v for k, v in RULES.rules.items() if k not in slow})
@@ -180,6 +289,14 @@ def projected(params, m, **options):
 
 def random_output(params, m, **options):
     return SwitchingSubgradient(params, m, output="random", **options)
+
+
+def test_every_rule_can_fail():
+    "But for the one that needs a GPU"
+    tried = [mark.args[1] for mark in test_broken_optimizers_are_named.pytestmark if mark.name == "parametrize"]
+    named = [rule for _, rule in tried[0]]
+    assert {rule for rule in RULES.rules if not any(part in rule for part in named)} == {
+        "makes the same steps on a GPU, where there is one"}
 
 
 @pytest.mark.parametrize("make", [projected, random_output])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hctrain import PI, SSLALM, Lagrangian, check_optimizer, toys
+from hctrain.lagrangian import SAFEGUARDS
 
 MEMORIES = {"ascent": PI(), "first": PI(kp=10., nu=.5, start="first"), "zeros": PI(kp=10., nu=.5),
             "momentum": PI.momentum(.8)}
@@ -119,6 +120,14 @@ def test_a_safeguard_keeps_the_type(dtype, kept, safeguard):
     twin = Lagrangian([weights(dtype=dtype)], m=2)
     twin.load_state_dict(opt.state_dict())
     assert {t.dtype for o in (opt, twin) for t in o.memory()} == {kept}
+
+
+def test_what_the_safeguards_do():
+    "A restart looks at the norm; clamped is in both directions, also where what is feasible goes to 0"
+    low, go = vector(0., 0.), lambda name, y, c=vector(1., 1.): SAFEGUARDS[name](vector(*y), c, low, 5.).tolist()
+    assert go("restart", (3., 3.9)) == [3., 3.9] and go("restart", (3., 4.)) == [0., 0.]
+    assert go("clamp", (9., -9.)) == [5., -5.]
+    assert go("feasible", (9., 1.), vector(1., -1.)) == [5., 0.] and go("feasible", (-9., 2.)) == [-5., 2.]
 
 
 def test_an_equality_beside_an_inequality_has_no_floor():
