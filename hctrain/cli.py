@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import itertools
 import json
 import platform
 import shutil
@@ -13,16 +15,18 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from .compare import ALGORITHMS, Setting, compare, save, table
+from .compare import ALGORITHMS, Algorithm, Setting, compare, save, table
+from .ensemble import train_many
 from .train import write_atomically
 
 # %% auto #0
-__all__ = ['DEFAULTS', 'parser', 'acs', 'main']
+__all__ = ['DEFAULTS', 'parser', 'takes', 'swept', 'acs', 'main']
 
 # %% ../nbs/50_cli.ipynb #5ed254f3
 class _Parser(argparse.ArgumentParser):
@@ -44,9 +48,18 @@ def _number(kind: type, low: float, name: str, strict: bool = False):
         return value
     return convert
 
+# %% ../nbs/50_cli.ipynb #1ce9ee3d
+def _values(text: str) -> tuple[str, list[float]]:
+    "An option and its values, as in rho=0.1,1,10"
+    name, _, values = text.partition("=")
+    try:
+        return name, [float(v) for v in values.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE,VALUE with numbers, got {text!r}") from None
+
 # %% ../nbs/50_cli.ipynb #d0fda79d
 DEFAULTS = {"data": None, "download": False, "state": "VA", "protected": "MAR", "algorithms": ["adam", "sslalm", "ssw"],
-            "out": "runs", **asdict(Setting()), "seconds": None}
+            "out": "runs", "sweep": [], "compiled": False, **asdict(Setting()), "seconds": None}
 
 # %% ../nbs/50_cli.ipynb #ddc08e8e
 def parser() -> argparse.ArgumentParser:
@@ -70,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     a("--draws", type=int, choices=(1, 2, 3), help="independent constraint draws a step (3)")
     a("--reference", choices=("population", "balanced"), help="what loss and overall rate average over (population)")
     a("--anneal", action="store_true", help="let the step sizes fall to 0 over the budget")
+    a("--sweep", nargs="+", type=_values, metavar="NAME=V,V", help="options of the algorithms to try, all combinations")
+    a("--compiled", action="store_true", help="compile the steps of stacked runs: seconds once, then half the time")
     a("--evaluations", type=whole("evaluations"), help="points of the curves (40)")
     a("--out", metavar="FOLDER", help="where results go (./runs)")
     a("--resume", nargs="?", const="", metavar="RUN", help="go on with an interrupted run (the newest in ./runs)")
@@ -126,6 +141,25 @@ def _with_options(text: str) -> str:
         text = text.replace(argument, option)
     return text
 
+# %% ../nbs/50_cli.ipynb #9702ae69
+def takes(algorithm: Algorithm) -> set[str]:
+    "The options that an algorithm knows"
+    makers = (algorithm.make, getattr(algorithm.make, "method", algorithm.make))
+    return {*algorithm.space, *(name for make in makers for name in inspect.signature(make).parameters)}
+
+def swept(algorithms: Sequence[Algorithm], sweep: Sequence[tuple[str, list[float]]]) -> list[Algorithm]:
+    "Each algorithm with all combinations of those options that it knows"
+    names = {name for name, _ in sweep}
+    if unknown := sorted(names - set().union(*map(takes, algorithms))):
+        raise ValueError(f"expected --sweep over an option of the algorithms, got {unknown[0]}: see their chapters")
+    out = []
+    for a in algorithms:
+        axes = [[(name, v) for v in values] for name, values in sweep if name in takes(a)]
+        for options in itertools.product(*axes):
+            label = ", ".join([a.label, *(f"{name}={v:g}" for name, v in options)])
+            out.append(a._replace(label=label, options=a.options | dict(options)))
+    return out
+
 # %% ../nbs/50_cli.ipynb #3f68a1a6
 def acs(
     given: dict # Options by name, those that were given
@@ -140,16 +174,21 @@ def acs(
     o["algorithms"] = list(ALGORITHMS) if "all" in o["algorithms"] else o["algorithms"]
     if unknown := sorted({*o["algorithms"]} - {*ALGORITHMS}):
         raise ValueError(f"expected --algorithms among {', '.join(ALGORITHMS)}, or all, got {unknown[0]}")
+    if o["compiled"] and not setting.steps:
+        raise ValueError("expected --steps with --compiled, got seconds: on a clock runs are trained one by one")
+    algorithms = swept([ALGORITHMS[n] for n in o["algorithms"]], o["sweep"])
     data = load_acs(o["data"], state=o["state"], protected=o["protected"], download=o["download"])
     folder, config = (folder, config) if folder else _start(o)
     print(data, flush=True)
     make = lambda seed: network(len(data.feature_names), seed=seed)
-    runs = compare(data, make, [ALGORITHMS[n] for n in o["algorithms"]], setting, folder, resume="resume" in given)
+    many = partial(train_many, compiled=o["compiled"])
+    runs = compare(data, make, algorithms, setting, folder, resume="resume" in given, many=many)
     if any(r.interrupted for rs in runs.values() for r in rs):
         print(f"Interrupted; what was done is kept. Go on with: {_command()} acs --resume {folder}", flush=True)
         return 130
     files = save(runs, folder, setting, data.group_names, f"ACSIncome, {data.name}")
-    print(f"\n{table(runs).T.to_string()}\n\nLast iterates, largest gap over groups, bound {setting.bound:g}. "
+    shown = table(runs) if o["sweep"] else table(runs).T
+    print(f"\n{shown.to_string()}\n\nLast iterates, largest gap over groups, bound {setting.bound:g}. "
           f"In {folder}: {', '.join(files)}")
     return 0
 

@@ -25,8 +25,8 @@ from torch.optim import optimizer as torch_optimizer
 from .problem import Battery, Toy, leaves, require, same, toys
 
 # %% auto #0
-__all__ = ['RULES', 'INNER', 'check_numbers', 'check_choice', 'is_finite', 'check_finite', 'Descent', 'Ascent', 'spoiled',
-           'masked', 'plain', 'Multipliers', 'listed', 'ConstrainedOptimizer', 'solve', 'SkipNonFinite',
+__all__ = ['RULES', 'INNER', 'check_numbers', 'check_choice', 'is_finite', 'check_finite', 'without_grad', 'Descent', 'Ascent',
+           'spoiled', 'masked', 'plain', 'Multipliers', 'listed', 'ConstrainedOptimizer', 'solve', 'SkipNonFinite',
            'check_optimizer']
 
 # %% ../nbs/04_optimizer.ipynb #77a225b1
@@ -71,6 +71,17 @@ def check_finite(
                                  "this call changed nothing; look at this batch, lower the step sizes or "
                                  "clip the gradient")
 
+# %% ../nbs/04_optimizer.ipynb #052f36c2
+def without_grad(
+    function: Callable  # Any function
+) -> Callable:
+    "`torch.no_grad` as a decorator that costs nothing where gradients are off already"
+    outside = torch.no_grad()(function)
+    @functools.wraps(function)
+    def either(*args, **kwargs):
+        return (outside if torch.is_grad_enabled() else function)(*args, **kwargs)
+    return either
+
 # %% ../nbs/04_optimizer.ipynb #9ff17282
 class Descent(torch.optim.Optimizer):
     "Plain gradient descent, x ← x − τ G, with τ as the `lr` of each group"
@@ -93,7 +104,7 @@ class Descent(torch.optim.Optimizer):
     def __getstate__(self):
         return {**super().__getstate__(), "known": self.known}
 
-    @torch.no_grad()
+    @without_grad
     def step(self, closure: Callable | None = None) -> Tensor | None:
         "Descend along `.grad`"
         loss = None if closure is None else torch.enable_grad()(closure)()
@@ -253,6 +264,8 @@ def plain(
         return {k: plain(v) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(plain(v) for v in tree)
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()                       # of a view only what is seen of it
     return tree.item() if isinstance(tree, np.generic) else copy.deepcopy(tree)
 
 # %% ../nbs/04_optimizer.ipynb #ad82c476

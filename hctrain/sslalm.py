@@ -48,7 +48,6 @@ def _freed(node) -> bool:
 # %% ../nbs/05_sslalm.ipynb #6e09e663
 class _Slack:
     "The slack's step"
-    @torch.no_grad()
     def step_slack(self) -> None:
         "s ← max(0, s − τ (w + μ (s − z))) and its z with it"
         if self.inequality == "slack" and self.weights:
