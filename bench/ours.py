@@ -4,12 +4,15 @@ from typing import NamedTuple
 
 import torch
 
-from hctrain import SSLALM, Lagrangian, RateGap, StochasticGhost, SwitchingSubgradient, WeightedBCE, positive_rate
+from hctrain import SSLALM, Lagrangian, RateGap, StochasticGhost, Streams, SwitchingSubgradient, WeightedBCE
+from hctrain.acs import network
+from hctrain.constraints import positive_rate
+from hctrain.ensemble import FIRST, ROWS, Member, Stack, recipe_of
 from hctrain.replay import Replay
 from hctrain.train import choose_step
 
 from .harness import Work
-from .tasks import BOUND, Task
+from .tasks import BOUND, FEATURES, HIDDEN, Task
 
 
 def over_adam(method, **options):
@@ -50,6 +53,20 @@ def step_of(task: Task, method: Method, supplied: bool = True, two_sided: bool =
 def variants(task: Task, supplied: bool = True, names=METHODS) -> dict[str, Work]:
     "Steps of all methods"
     return {name: step_of(task, METHODS[name], supplied) for name in names}
+
+
+def stacked(task: Task, method: Method, members: int = 16) -> Work:
+    "One step of many runs as one, or of as many of them as go together, with sampling"
+    runs = []
+    for seed in range(members):
+        net, gaps = network(FEATURES, HIDDEN[task.size], seed), gaps_of(task)
+        streams = Streams(*task.data.train, per_group=task.per_group, seed=seed)
+        runs.append(Member(net, method.make(net.parameters(), gaps.m), WeightedBCE(), gaps, streams))
+    recipe = recipe_of(runs[0], method.draws)
+    runs = runs[:max(2, ROWS // recipe.rows)]
+    for m in runs * FIRST:
+        recipe.do_step(m.model, m.opt, m.loss, m.gaps, m.streams, recipe.joint)
+    return Work(Stack(runs, recipe, method.compiled).step, len(runs))
 
 
 def ghost(task: Task) -> Work:

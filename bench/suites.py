@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 from hctrain import SSLALM, Batch, Streams, WeightedBCE
 from hctrain.acs import network
 from hctrain.compare import PAPER, Setting, compare
+from hctrain.ensemble import train_many
 from hctrain.ghost import backward_passes, ghost_direction
 
 from . import ours, peers, target
-from .harness import Effort, Work, calibrate, cpu, figure, fresh, interleave
+from .harness import Effort, Work, calibrate, cpu, figure, fresh, interleave, spent
 from .tasks import Task, plain, rows
 
 Figures = Iterator[tuple[str, str, str, dict]]
@@ -243,16 +244,33 @@ def ghost(effort: Effort) -> Figures:
 
 
 # -------------------------------------------------------------------- whole runs
+def stacked(effort: Effort) -> Figures:
+    "A step of each of 16 runs at once, with sampling, for one of them"
+    names = [n for n in ours.METHODS if n.startswith("SSL-ALM") and not (effort.tiny and n not in ours.EAGER)]
+    for per_group in (8,) if effort.tiny else (8, 32, 128):
+        task = Task(per_group=per_group)
+        variants = {UNIT: plain(task)} | {n: ours.stacked(task, ours.METHODS[n]) for n in names}
+        for row, f in interleave(variants, UNIT, effort).items():
+            yield "stacked", f"5 x {per_group}", row, f
+
+
 def runs(effort: Effort) -> Figures:
-    "CPU seconds of three algorithms from five seeds"
+    "CPU seconds of three algorithms from five seeds, stacked; compiled from what an earlier run has kept"
     n, steps, seeds = (2_000, 20, 1) if effort.tiny else (36_915, 6_000, 5)
     all_rows = rows(n=n + n // 4)
     train, test = (Batch(*(t[part] for t in all_rows)) for part in (slice(n), slice(n, None)))
     data = SimpleNamespace(train=train, test=test, n_groups=5)
-    setting = Setting(seconds=None, steps=steps, seeds=seeds, per_group=8, evaluations=1)
-    t = time.process_time()
-    compare(data, lambda seed: network(9, seed=seed), PAPER, setting, progress=False)
-    yield "runs", f"3 x {seeds} x {steps:,}", "one after another", figure([time.process_time() - t], "s")
+    many = {"stacked": train_many, "stacked, compiled": partial(train_many, compiled=True)}
+    if effort.full or effort.tiny:
+        many = {"one after another": None} | ({} if effort.tiny else many)
+
+    def run(together, steps):
+        setting, t = Setting(seconds=None, steps=steps, seeds=seeds, per_group=8, evaluations=1), spent()
+        compare(data, lambda seed: network(9, seed=seed), PAPER, setting, progress=False, many=together)
+        return spent() - t
+    for row, together in many.items():
+        run(together, 3)                                                        # imports and compiles
+        yield "runs", f"3 x {seeds} x {steps:,}", row, figure([run(together, steps)], "s")
 
 
 def to_target(effort: Effort) -> Figures:
@@ -272,4 +290,4 @@ def to_target(effort: Effort) -> Figures:
 
 
 SUITES = {f.__name__: f for f in
-          (step, anatomy, compiling, constraints, weights, memory, imports, sampling, ghost, runs, to_target)}
+          (step, anatomy, compiling, constraints, weights, memory, imports, sampling, ghost, stacked, runs, to_target)}
