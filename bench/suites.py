@@ -120,7 +120,8 @@ print(spent() - t)
 
 def compiling(effort: Effort) -> Figures:
     "CPU seconds of the first compiled step in a fresh interpreter, without and with what an earlier one has kept"
-    for row in [] if effort.tiny else [n for n in ours.METHODS if n not in ours.EAGER]:
+    names = [n for n in ours.METHODS if n not in ours.EAGER] if effort.full else [] if effort.tiny else [ours.ONE]
+    for row in names:
         times = {"from nothing": [], "from the cache": []}
         for _ in range(effort.repeats if effort.full else 1):
             with TemporaryDirectory() as cache:
