@@ -1,7 +1,6 @@
 """Measure, print what it is beside what it was, and write it under runs/bench."""
 import argparse
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,12 +13,15 @@ from .suites import SUITES
 
 
 def measure(names: list[str], effort: Effort):
-    "The figures of some suites, with a word on the way"
+    "The figures of some suites, with a word on the way; those that there are after Ctrl-C"
     torch.optim.Adam([torch.zeros(1, requires_grad=True)])     # the first one imports a good deal
-    for name in names:
-        t = time.time()
-        yield from SUITES[name](effort)
-        print(f"{name}: {time.time() - t:.0f} s", file=sys.stderr, flush=True)
+    try:
+        for name in names:
+            t = time.time()
+            yield from SUITES[name](effort)
+            print(f"{name}: {time.time() - t:.0f} s", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> Path:
     ap.add_argument("suites", nargs="*", help=f"some of {', '.join(SUITES)}; all by default")
     ap.add_argument("--effort", choices=EFFORTS, default="quick")
     ap.add_argument("--out", type=Path, default=Path("runs/bench"))
-    ap.add_argument("--keep", action="store_true", help="also keep the result as the one that chapter 34 shows")
+    ap.add_argument("--keep", action="store_true", help="also put these tables into what chapter 34 shows")
     a = ap.parse_args(argv)
     if unknown := set(a.suites) - set(SUITES):
         ap.error(f"expected suites out of {', '.join(SUITES)}, got {', '.join(sorted(unknown))}")
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> Path:
     print("\n".join(report.lines(result, old)))
     file = report.save(result, a.out)
     if a.keep:
-        shutil.copy(file, report.REFERENCE)
+        report.keep(result)
     print(f"\n{file}; CPU seconds, 1 thread, {result['machine']['cpu']}")
     return file
 

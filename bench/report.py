@@ -46,6 +46,13 @@ def save(result: dict, folder: Path) -> Path:
     return file
 
 
+def keep(result: dict) -> None:
+    "Put the tables of a result into what the chapter shows"
+    old = load(REFERENCE)["tables"] if REFERENCE.exists() else {}
+    text = json.dumps({**result, "tables": old | result["tables"]}, indent=1)
+    REFERENCE.write_text(text + "\n", encoding="utf-8")
+
+
 def load(file: Path) -> dict:
     "Read a result"
     return json.loads(file.read_text(encoding="utf-8"))

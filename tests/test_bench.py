@@ -77,6 +77,13 @@ def test_compares_with_the_last_one(tmp_path):
     assert report.lines(result(.9), None)[1].split()[-1] == "0.95"
 
 
+def test_keeps_other_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "REFERENCE", tmp_path / "reference.json")
+    report.keep({"date": "first", "tables": {"step": 1, "ghost": 2}})
+    report.keep({"date": "then", "tables": {"step": 3}})
+    assert report.load(report.REFERENCE) == {"date": "then", "tables": {"step": 3, "ghost": 2}}
+
+
 @with_peers
 @pytest.mark.parametrize("make", [peers.fairret_gaps, peers.own_gaps])
 def test_peers_get_the_same_constraints(make):
