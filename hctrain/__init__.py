@@ -18,6 +18,7 @@ from .constraints import (
     smoothed_step,
     true_positive_rate,
 )
+from .distributed import MicroBatches, Team, WholeStep, load_sharded, save_sharded
 from .ghost import StochasticGhost
 from .lagrangian import PI, Lagrangian
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_optimizer

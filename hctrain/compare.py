@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .constraints import Proxy, RateGap, Sharpened, WeightedBCE, positive_rate
-from .evaluate import evaluate
+from .evaluate import Evaluation, Evaluator
 from .ghost import StochasticGhost
 from .lagrangian import PI, Lagrangian
 from .penalty import Penalty, PenaltyBarrier, SmoothedPenalty
@@ -34,9 +34,9 @@ from .train import Budget, Run, train, write_atomically
 
 # %% auto #0
 __all__ = ['STEP', 'DUAL', 'RHO', 'ALGORITHMS', 'PAPER', 'COLUMNS', 'scores', 'two_sided_scores', 'decisions', 'Algorithm',
-           'OverAdam', 'adam', 'pi_control', 'Setting', 'measure', 'What', 'parts_of', 'run_one', 'members_of',
-           'in_turn', 'compare', 'last_values', 'table', 'long_table', 'curves', 'save', 'hold_out', 'draws_of',
-           'winner', 'trial', 'outcome', 'tune']
+           'OverAdam', 'adam', 'pi_control', 'Setting', 'evaluators', 'measurements', 'measure', 'measure_many', 'What',
+           'parts_of', 'run_one', 'members_of', 'in_turn', 'compare', 'last_values', 'table', 'long_table', 'curves',
+           'save', 'hold_out', 'draws_of', 'winner', 'trial', 'outcome', 'tune']
 
 # %% ../nbs/23_compare.ipynb #7df7392f
 def scores(n_groups: int, bound: float, weights: Tensor | None) -> RateGap:
@@ -138,21 +138,43 @@ class Setting:
         return {"draws": self.draws, "evaluations": self.evaluations, "anneal": self.anneal}
 
 # %% ../nbs/23_compare.ipynb #1a3f9b5b
+def evaluators(
+    data,                # Has `train`, `test` (batches) and `n_groups`
+    bound: float = 0.05, # Largest gap allowed
+    statistics: Sequence[Callable] = (positive_rate,)  # Whose gaps are measured
+) -> dict[str, list[Evaluator]]:
+    "One for each statistic, by split"
+    return {split: [Evaluator(getattr(data, split), s, n_groups=data.n_groups, bound=bound) for s in statistics]
+            for split in ("train", "test")}
+
+def measurements(
+    evaluations: Mapping[str, Sequence[Evaluation]]    # By split; of several statistics, their gaps follow each other
+) -> dict:
+    "Loss, accuracy, and of each group the gap in scores, the gap in decisions and the rate, by split"
+    joined = lambda evs, part: torch.cat([part(ev) for ev in evs])
+    return {f"{split}_{name}": value for split, evs in evaluations.items() for name, value in (
+        ("loss", evs[0].loss), ("accuracy", evs[0].accuracy), ("gaps", joined(evs, lambda ev: ev.soft.gaps)),
+        ("hard_gaps", joined(evs, lambda ev: ev.hard.gaps)), ("rates", joined(evs, lambda ev: ev.soft.values)))}
+
+# %% ../nbs/23_compare.ipynb #43eddaf4
 def measure(
     model: nn.Module,    # The network
     data,                # Has `train`, `test` (batches) and `n_groups`
     bound: float = 0.05, # Largest gap allowed
-    statistics: Sequence[Callable] = (positive_rate,) # Whose gaps are measured, one after the other
+    statistics: Sequence[Callable] = (positive_rate,)  # Whose gaps are measured, one after the other
 ) -> dict:
-    "Loss, accuracy, and of each group the gap in scores, the gap in decisions and the rate, on train and test"
-    values = {}
-    for split in ("train", "test"):
-        evs = [evaluate(model, getattr(data, split), s, data.n_groups, bound) for s in statistics]
-        values |= {f"{split}_loss": evs[0].loss, f"{split}_accuracy": evs[0].accuracy,
-                   f"{split}_gaps": torch.cat([ev.soft.gaps for ev in evs]),
-                   f"{split}_hard_gaps": torch.cat([ev.hard.gaps for ev in evs]),
-                   f"{split}_rates": torch.cat([ev.soft.values for ev in evs])}
-    return values
+    "What a record keeps: `measurements` of one network on train and test"
+    looks = evaluators(data, bound, statistics)
+    return measurements({split: [look(model) for look in each] for split, each in looks.items()})
+
+def measure_many(
+    models: Callable,   # S networks: features -> logits of shape (S, n) or (S, n, 1)
+    data,               # Has `train`, `test` (batches) and `n_groups`
+    bound: float = 0.05 # Largest gap allowed
+) -> list[dict]:
+    "The same of several networks in one pass over the rows, one a network"
+    splits = {split: look.many(models) for split, (look,) in evaluators(data, bound).items()}
+    return [measurements({k: [ev] for k, ev in zip(splits, one)}) for one in zip(*splits.values(), strict=True)]
 
 # %% ../nbs/23_compare.ipynb #6b8e47a4
 def _check_algorithms(algorithms):
@@ -200,8 +222,11 @@ def parts_of(
     model = network(seed)
     seeded = {"seed": seed} if "seed" in inspect.signature(algorithm.make).parameters else {}
     opt = algorithm.make(model.parameters(), gaps.m, **seeded, **algorithm.options)
+    looks = evaluators(data, setting.bound)                    # which keep what they know of the rows
+    look = lambda: measurements({split: [one(model) for one in each] for split, each in looks.items()})
     return {"model": model, "opt": opt, "loss": WeightedBCE(weights), "gaps": gaps, "streams": streams,
-            "evaluate": lambda: measured(model, data, setting.bound), "parts": {"what": What(algorithm, setting)}}
+            "evaluate": look if measured is measure else lambda: measured(model, data, setting.bound),
+            "parts": {"what": What(algorithm, setting)}}
 
 # %% ../nbs/23_compare.ipynb #2703ebaf
 def run_one(

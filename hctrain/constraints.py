@@ -546,9 +546,12 @@ class MeanGap:
     def means(self, out: Tensor, batch) -> tuple[Tensor, Tensor]:
         "Means of k v and of k, times G, by group, shape (G,) each"
         check_rows(out)
-        rates = self.statistic(out, batch.g, batch.y, self.n_groups, hard=self.hard)
+        return self.means_of(self.statistic(out, batch.g, batch.y, self.n_groups, hard=self.hard), len(out))
+
+    def means_of(self, rates: Rates, n: int | Tensor) -> tuple[Tensor, Tensor]:
+        "The same two means, of sums and counts over n rows that may have been added up elsewhere"
         check_values(rates.sums, self.statistic, rates, "skip")
-        return rates.sums * (self.n_groups / len(out)), rates.counts * (self.n_groups / len(out))
+        return rates.sums * (self.n_groups / n), rates.counts * (self.n_groups / n)
 
     def reference_of(self, out: Tensor, batch) -> tuple[Tensor, Tensor]:
         "The overall rate of other rows as two means, sigma and kappa"
@@ -561,8 +564,11 @@ class MeanGap:
         if (reference is None) == (self.reference is None):
             raise ValueError(f"expected one reference, got {'none' if reference is None else 'two'}: fix a value in "
                              "MeanGap(reference=...), or pass gaps.reference_of(out0, batch0) to the call")
-        sigma, kappa = (self.reference, 1.0) if reference is None else check_pair(reference)
-        kv, k = self.means(out, batch)
+        reference = (self.reference, 1.0) if reference is None else check_pair(reference)
+        return self.from_means(*self.means(out, batch), *reference)
+
+    def from_means(self, kv: Tensor, k: Tensor, sigma: Tensor | float, kappa: Tensor | float) -> Tensor:
+        "Constraints of the means of k v and k by group, and of the reference, shape (2 G,)"
         over, slack = kappa * kv - sigma * k, kappa * self.bound * k
         return torch.cat([over - slack, -over - slack])
 

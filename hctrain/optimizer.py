@@ -581,7 +581,7 @@ class ConstrainedOptimizer(_Values, _Mask, _Losses, _Finite, _FiniteScalar, _Fin
         self.device, self.dtype = p.device, torch.promote_types(p.dtype, torch.float32)
         self.deferred = p.device.type != "cpu"
         self._failed = torch.zeros((), dtype=torch.bool, device=p.device)
-        self._found, self._one = torch.zeros(1, device=p.device), torch.ones(1, device=p.device)
+        self._found, self._one = torch.zeros((), device=p.device), torch.ones((), device=p.device)
 
     def zeros(self) -> Tensor:
         "A vector of shape (m,) beside the parameters, in float32 or better"

@@ -29,9 +29,9 @@ from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, check_
 from .replay import Replay
 
 # %% auto #0
-__all__ = ['outputs', 'rows_are_independent', 'plain_step', 'one_draw_step', 'two_draw_step', 'three_draw_step', 'lazy_step',
-           'ClosureStep', 'choose_step', 'Budget', 'Clock', 'Record', 'write_atomically', 'Checkpoint', 'interruptible',
-           'Progress', 'Run', 'Anneal', 'train']
+__all__ = ['outputs', 'rows_are_independent', 'together', 'plain_step', 'one_draw_step', 'two_draw_step', 'three_draw_step',
+           'lazy_step', 'ClosureStep', 'choose_step', 'Budget', 'Clock', 'Alone', 'team_of', 'bare', 'Record',
+           'write_atomically', 'Checkpoint', 'interruptible', 'Progress', 'Run', 'Anneal', 'checked_team', 'train']
 
 # %% ../nbs/21_train.ipynb #257a7a64
 def outputs(
@@ -51,6 +51,14 @@ def rows_are_independent(
     "Whether a row's output does not depend on the other rows: no batch normalisation in training mode"
     return not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
 
+# %% ../nbs/21_train.ipynb #1d434960
+def together(
+    *calls: tuple  # Functions with their arguments, `(f, out, batch)`
+) -> list[Tensor]:
+    "The value of each function; those of several processes are formed in one exchange"
+    joint = getattr(calls[0][0], "together", None)
+    return [f(*args) for f, *args in calls] if joint is None else joint(*calls)
+
 # %% ../nbs/21_train.ipynb #db9a6aa8
 def plain_step(model, opt, loss, gaps, streams, joint):
     "A step of a torch optimizer on the loss alone"
@@ -69,7 +77,7 @@ def one_draw_step(model, opt, loss, gaps, streams, joint):
     "One batch for everything"
     xi, = streams.draw(1)
     out = model(xi.x)
-    f, c1 = loss(out, xi), gaps(out, xi)
+    f, c1 = together((loss, out, xi), (gaps, out, xi))
     true = true_values(gaps, out, xi) if hasattr(gaps, "true") else None
     opt.zero_grad()
     opt.dual_step(c1.detach() if true is None else true)
@@ -81,7 +89,7 @@ def two_draw_step(model, opt, loss, gaps, streams, joint):
     "Loss, c0 and c1 on one draw, and c2 on another"
     z1, z2 = streams.draw(2)
     out = model(z1.x)
-    f, c1 = loss(out, z1), gaps(out, z1)
+    f, c1 = together((loss, out, z1), (gaps, out, z1))
     with torch.no_grad():
         c2 = true_values(gaps, model(z2.x), z2)
     opt.zero_grad()
@@ -94,7 +102,7 @@ def three_draw_step(model, opt, loss, gaps, streams, joint):
     "c0, c1 and c2 on draws of their own"
     xi, z0, z1, z2 = streams.draw(4)
     out, out1 = outputs(model, xi, z1, joint=joint)
-    f, c1 = loss(out, xi), gaps(out1, z1)
+    f, c1 = together((loss, out, xi), (gaps, out1, z1))
     with torch.no_grad():
         out0, out2 = outputs(model, z0, z2, joint=joint)
         c0, c2 = true_values(gaps, out0, z0), true_values(gaps, out2, z2)
@@ -121,14 +129,14 @@ class ClosureStep:
         self.rows = None
 
     def __call__(self, model, opt, loss, gaps, streams, joint):
-        if self.rows is None or self.rows.model is not model:
-            self.rows = LinearRows(model)
-        batches = streams.join(opt.sizes)
+        if self.rows is None or self.rows.model is not bare(model):
+            self.rows = LinearRows(bare(model))
+        mean, batches = team_of(streams).mean, streams.join(opt.sizes)
         with self.rows as rows:
-            outs = outputs(model, *batches, joint=joint and rows.usable)
-            answers = ((loss(out, b), gaps(out, b)) for out, b in zip(outs, batches, strict=True))
+            outs = outputs(rows.model, *batches, joint=joint and rows.usable)
+            answers = (together((loss, out, b), (gaps, out, b)) for out, b in zip(outs, batches, strict=True))
             sizes = [len(b.y) for b in batches]
-            opt.step(lambda n: next(answers), lambda terms, params: rows.jacobian(terms, params, sizes))
+            opt.step(lambda n: next(answers), lambda terms, params: mean(rows.jacobian(terms, params, sizes)))
 
 # %% ../nbs/21_train.ipynb #931485ab
 def choose_step(
@@ -198,6 +206,43 @@ class Clock:
             yield self.past
         finally:
             self.since = time.perf_counter()
+
+# %% ../nbs/21_train.ipynb #92e2e9ea
+class Alone:
+    "What `train` asks of the processes of a run, for a run of one"
+    rank, signals, end = 0, (signal.SIGINT,), False
+
+    def clock(self, seconds: float) -> Clock:
+        "The clock that all go by"
+        return Clock(seconds)
+
+    def first(self, act: Callable):
+        "What `act()` returns, done by one process for all"
+        return act()
+
+    def mean(self, t: Tensor) -> Tensor:
+        "The mean over the processes"
+        return t
+
+    def ends(self, step: int, asked: bool) -> bool:
+        "Whether to stop before this step; `asked`: whether this process was asked to"
+        self.end = asked
+        return asked
+
+    def check(self, opt: torch.optim.Optimizer) -> None:
+        "Raise unless all processes have the same state"
+
+# %% ../nbs/21_train.ipynb #48cf8b9a
+def team_of(streams) -> Alone:
+    "The processes that share these streams"
+    return getattr(streams, "team", None) or Alone()
+
+def bare(
+    model: nn.Module  # A network, perhaps in DistributedDataParallel or MicroBatches
+) -> nn.Module:
+    "The network itself, whose state has the same names in any number of processes"
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return getattr(model, "bare", model)
 
 # %% ../nbs/21_train.ipynb #d4016d86
 @dataclass
@@ -368,20 +413,22 @@ def _read(path: Path, names: set[str]) -> dict:
 
 # %% ../nbs/21_train.ipynb #768123e9
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible(
+    signals: Sequence = (signal.SIGINT,)  # What counts as Ctrl-C
+) -> Iterator[Callable[[], bool]]:
     "A function that says whether Ctrl-C was pressed; a second time interrupts at once"
     pressed = []
     def note(signum, frame):
-        if pressed:
+        if signum == signal.SIGINT and signum in pressed:
             raise KeyboardInterrupt
-        pressed.append(True)
+        pressed.append(signum)
     main = threading.current_thread() is threading.main_thread()
-    old = signal.signal(signal.SIGINT, note) if main else None
+    old = {s: signal.signal(s, note) for s in signals} if main else {}
     try:
         yield lambda: bool(pressed)
     finally:
-        if main:
-            signal.signal(signal.SIGINT, old or signal.default_int_handler)
+        for s, handler in old.items():
+            signal.signal(s, handler or signal.default_int_handler)
 
 # %% ../nbs/21_train.ipynb #24be3426
 def _tqdm() -> Callable | None:
@@ -460,15 +507,15 @@ class _Due:
 # %% ../nbs/21_train.ipynb #b2093eb3
 class _Looks(_Due):
     "Evaluating, recording and saving, with the clock stopped"
-    def __init__(self, record, budget, clock, per_epoch, told, evaluate, saved, bar):
+    def __init__(self, record, budget, clock, per_epoch, told, evaluate, saved, bar, team):
         super().__init__(record, budget, clock, per_epoch)
-        self.told, self.evaluate, self.saved, self.bar = told, evaluate, saved, bar
+        self.told, self.evaluate, self.saved, self.bar, self.team = told, evaluate, saved, bar, team
 
     def look(self, step: int) -> None:
         "Evaluate, record, show, save"
         with self.clock.paused() as now:
             self.told()
-            values = self.evaluate() if self.evaluate else {}
+            values = self.team.first(self.evaluate) if self.evaluate else {}
             self.record.add(step, now, values)
             self.bar.show(self.spent(step), values)
             self.save(step)
@@ -478,7 +525,7 @@ class _Looks(_Due):
         if self.saved:
             with self.clock.paused() as now:
                 self.told()
-                self.saved.save(step, now, self.record)
+                self.team.first(lambda: self.saved.save(step, now, self.record))
 
 # %% ../nbs/21_train.ipynb #0eeee1b7
 class Anneal:
@@ -561,7 +608,8 @@ def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules):
         raise ValueError("expected schedulers or anneal=True, got both: each would undo what the other sets")
 
 # %% ../nbs/21_train.ipynb #9f4eaa9c
-def teller(model: nn.Module, opt: torch.optim.Optimizer, skipping: SkipNonFinite | None, replay: Replay | None):
+def teller(model: nn.Module, opt: torch.optim.Optimizer, skipping: SkipNonFinite | None,
+           replay: Replay | None, team: Alone):
     "What is done before each look: counters come back from a recording, and what was masked is told"
     def told():
         if replay:
@@ -572,7 +620,22 @@ def teller(model: nn.Module, opt: torch.optim.Optimizer, skipping: SkipNonFinite
             opt.check()
         elif replay:
             check_finite(weights=torch.cat([p.detach().flatten() for p in model.parameters()]))
+        team.check(opt)
     return told
+
+# %% ../nbs/21_train.ipynb #50f775d4
+def checked_team(streams, loss, gaps, compiled):
+    "The processes that share the streams; parts that would be of one process alone are refused where there are several"
+    team = team_of(streams)
+    if getattr(team, "size", 1) == 1:
+        return team
+    for name, f in (("loss", loss), ("gaps", gaps)):
+        if f is not None and getattr(f, "team", None) is not team:
+            raise ValueError(f"expected {name} of the rows of all {team.size} processes, got {f!r}, which sees those "
+                             f"of one: pass team.pool({name})")
+    if compiled:
+        raise ValueError(f"expected compiled=False with {team.size} processes, got True: an exchange is not recorded")
+    return team
 
 # %% ../nbs/21_train.ipynb #abadd028
 def train(
@@ -600,27 +663,27 @@ def train(
     "Train until the budget is used up or Ctrl-C is pressed"
     _check_arguments(model, opt, loss, evaluate, schedulers, anneal, parts or {})
     budget, do_step = Budget(steps, seconds, epochs, evaluations), choose_step(opt, draws)
-    joint = rows_are_independent(model)
+    joint, team = rows_are_independent(model), checked_team(streams, loss, gaps, compiled)
     _check_parts(opt, gaps, streams, resume, checkpoint, anneal and schedulers)
     skipping = SkipNonFinite(opt)
     attempt = skipping if check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip" else nullcontext()
     used = [0.]                                            # the share of the budget
     schedulers = [*schedulers, *[Anneal(opt, used)] * anneal]
-    kept = {"model": model, "opt": opt, "streams": streams, "gaps": gaps, "skip": skipping, **(parts or {})}
+    kept = {"model": bare(model), "opt": opt, "streams": streams, "gaps": gaps, "skip": skipping, **(parts or {})}
     kept |= {f"scheduler{i}": s for i, s in enumerate(schedulers)}
     saved = None if checkpoint is None else Checkpoint(checkpoint, **kept)
     step, past, record = saved.load() if resume else (0, 0., Record())
-    clock, bar = Clock(past), Progress(progress)
+    clock, bar = team.clock(past), Progress(progress and team.rank == 0)
     replay = Replay(do_step, first=max(0, 2 - step), pause=clock.paused) if compiled else None
-    do_step, told = replay or do_step, teller(model, opt, skipping if attempt is skipping else None, replay)
-    run = _Looks(record, budget, clock, getattr(streams, "batches_per_epoch", 1), told, evaluate, saved, bar)
+    do_step, told = replay or do_step, teller(model, opt, skipping if attempt is skipping else None, replay, team)
+    run = _Looks(record, budget, clock, getattr(streams, "batches_per_epoch", 1), told, evaluate, saved, bar, team)
     try:
-        with interruptible() as pressed:
+        with interruptible(team.signals) as pressed:
             while True:
                 if run.due(step):
                     run.look(step)
                 bar.show(spent := run.spent(step))
-                if spent >= 1 or pressed():
+                if team.ends(step, pressed()) or spent >= 1:
                     break
                 with attempt:
                     do_step(model, opt, loss, gaps, streams, joint)
@@ -634,4 +697,4 @@ def train(
         bar.close()
         if replay:
             replay.close()
-    return Run(record, step, clock(), pressed(), spent >= 1, skipping.count, replay.seconds if replay else 0.)
+    return Run(record, step, clock(), team.end, spent >= 1, skipping.count, replay.seconds if replay else 0.)
