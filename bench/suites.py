@@ -73,15 +73,15 @@ def anatomy(effort: Effort) -> Figures:
     "Where the time of a step goes"
     for per_group in (8, 128):
         task = Task(per_group=per_group)
-        unit, walk, spent = plain(task).step, pieces(task), {}
+        unit, walk, parts = plain(task).step, pieces(task), {}
         for _ in range(7 * 40):
             next(walk)
         for _ in range(effort.rounds):
             one = cpu(unit, 20)
             for _ in range(7 * 20):
                 t = time.process_time()
-                spent.setdefault(next(walk), []).append((time.process_time() - t) / one)
-        for row, values in spent.items():
+                parts.setdefault(next(walk), []).append((time.process_time() - t) / one)
+        for row, values in parts.items():
             yield "anatomy", f"5 x {per_group}", row, figure(values, "Adam")
 
 
@@ -105,7 +105,7 @@ def weights(effort: Effort) -> Figures:
             yield "weights", f"n = {size}", row, f
 
 
-# ------------------------------------------------------------------------ memory
+# ------------------------------------------------------------ fresh interpreters
 COMPILE = """
 from bench import ours
 from bench.harness import spent

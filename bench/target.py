@@ -30,7 +30,6 @@ class Point(NamedTuple):
     batch: int             # Rows of a batch
     epochs: float          # Passes over the rows until the step is 0
     balanced: bool = False # Equal groups in a batch, and weights that undo it; otherwise plain random batches
-    signed: bool = True    # Two signed constraints a group, or one absolute
 
     def steps(self, n: int) -> int:
         "Steps of a whole run"
@@ -86,11 +85,17 @@ def form(p: Point) -> str:
     return p.method.removeprefix("ALM, ").lower()
 
 
+def streams_of(data, p: Point, seed: int):
+    "Batches of hctrain"
+    if p.balanced:
+        return Streams(*data.train, per_group=p.batch // data.n_groups, n=1, seed=seed)
+    return RandomStreams(*data.train, batch_size=p.batch, n=1, seed=seed, replacement=False)
+
+
 def ours(net, data, p: Point, seed: int, looks: Looks, **options) -> None:
-    "hctrain: streams, own rates, `train`"
-    kind = ({"per_group": p.batch // data.n_groups} if p.balanced else {"batch_size": p.batch, "replacement": False})
-    streams = (Streams if p.balanced else RandomStreams)(*data.train, n=1, seed=seed, **kind)
-    gaps = RateGap(positive_rate, data.n_groups, BOUND, "population" if p.balanced else "batch", two_sided=p.signed,
+    "hctrain: streams, own rates, `train`; two signed constraints a group, as everywhere here"
+    streams = streams_of(data, p, seed)
+    gaps = RateGap(positive_rate, data.n_groups, BOUND, "population" if p.balanced else "batch", two_sided=True,
                    absent="error" if p.balanced else "skip", weights=streams.weights)
     adam = torch.optim.Adam(net.parameters(), lr=p.lr)
     opt = Lagrangian(adam, gaps.m, dual_lr=p.dual_lr, rho=p.rho, form=form(p))
@@ -109,25 +114,19 @@ def loader(data, p: Point, seed: int):
 
 def gathered(data, p: Point, seed: int):
     "Batches of hctrain for a peer"
-    if p.balanced:
-        streams = Streams(*data.train, per_group=p.batch // data.n_groups, n=1, seed=seed)
-    else:
-        streams = RandomStreams(*data.train, batch_size=p.batch, n=1, seed=seed, replacement=False)
-    one = F.one_hot(data.train.g, data.n_groups).float()
+    streams = streams_of(data, p, seed)
     shares = None if streams.weights is None else streams.weights / data.n_groups
-    return ((b.x, b.y[:, None], one.new_zeros(len(b.g), data.n_groups).scatter_(1, b.g[:, None], 1.))
-            for b, in iter(streams)), shares
+    return (peers.dataset(*b, data.n_groups).tensors for b, in iter(streams)), shares
 
 
-def values_of(rate: Callable, shares: torch.Tensor | None, signed: bool) -> Callable:
+def values_of(rate: Callable, shares: torch.Tensor | None) -> Callable:
     "Loss and constraints of a batch, with weights where the batch is balanced"
     def values(net, x, y, sens):
         out = net(x)
-        weight = None if shares is None else (sens @ shares)[:, None] * len(shares)
-        r, p = rate(p := out.sigmoid(), sens), p
+        p, weight = out.sigmoid(), None if shares is None else (sens @ shares)[:, None] * len(shares)
+        r = rate(p, sens)
         d = r - (p.mean() if shares is None else r @ shares)
-        c = (torch.cat([d, -d]) if signed else d.abs()) - BOUND
-        return F.binary_cross_entropy_with_logits(out, y, weight=weight), c
+        return F.binary_cross_entropy_with_logits(out, y, weight=weight), torch.cat([d, -d]) - BOUND
     return values
 
 
@@ -140,8 +139,8 @@ def peer(library: str, net, data, p: Point, seed: int, looks: Looks, as_used: bo
     "A peer's loop: its own DataLoader and Fairret, or our batches and rates; a scheduler of torch"
     from fairret.statistic import PositiveRate
     batches, shares = (loader if as_used else gathered)(data, p, seed)
-    values = values_of(PositiveRate() if as_used else own_rate, shares, p.signed)
-    m, steps = data.n_groups * (2 if p.signed else 1), p.steps(len(data.train.y))
+    values = values_of(PositiveRate() if as_used else own_rate, shares)
+    m, steps = 2 * data.n_groups, p.steps(len(data.train.y))
     adam = torch.optim.Adam(net.parameters(), lr=p.lr)
     falling = torch.optim.lr_scheduler.LinearLR(adam, 1., 0., steps)
     batches = peers.forever(batches) if as_used else batches

@@ -108,7 +108,7 @@ def test_peers_get_the_same_problem_in_the_race():
         b, out = type(data.train)(x, y[:, 0], sens.argmax(1)), net(x)
         assert sens.sum(0).tolist() == [10] * 5
         for rate in (PositiveRate(), target.own_rate):
-            f, c = target.values_of(rate, shares, signed=True)(net, x, y, sens)
+            f, c = target.values_of(rate, shares)(net, x, y, sens)
             torch.testing.assert_close(f, loss(out, b))
             torch.testing.assert_close(c, gaps(out, b))
 
