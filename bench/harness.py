@@ -29,7 +29,7 @@ class Work(NamedTuple):
 
 class Effort(NamedTuple):
     "How much to measure"
-    rounds: int = 15      # Pairs of chunks; a third of them where one step fills a chunk
+    rounds: int = 11      # Pairs of chunks; a third of them where one step fills a chunk
     chunk: float = 0.02   # CPU seconds of a chunk
     repeats: int = 3      # Fresh interpreters for each memory figure and each import
     seeds: int = 3        # Seeds of the runs to the target
