@@ -643,8 +643,9 @@ class Going(_Counting):
         "Get ready to look"
         self.clock = Share(clock, runs, self.past)
         settled = types.SimpleNamespace(settle=lambda: None)           # the stack does it for all
-        told = loop.teller(self.m.model, self.m.opt, self.skipping if self.nonfinite == "skip" else None, settled, Alone())
-        self.looks = loop._Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar, Alone())
+        skipping, alone = self.skipping if self.nonfinite == "skip" else None, Alone()
+        told = loop.teller(self.m.model, self.m.opt, skipping, settled, alone)
+        self.looks = loop._Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar, alone)
 
 # %% ../nbs/40_ensemble.ipynb #f474bae0
 def each(going: list[Going], act: Callable) -> None:
