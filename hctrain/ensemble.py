@@ -644,9 +644,10 @@ class Going(_Counting):
     def begin(self, clock: Clock, runs: int, bar: Part) -> None:
         "Get ready to look"
         self.clock = Share(clock, runs, self.past)
-        skipping, settled = self.skipping if self.nonfinite == "skip" else None, types.SimpleNamespace(settle=bool)
-        told = loop.teller(self.m.model, self.m.opt, skipping, settled, team := Alone())   # the stack settles for all
-        self.looks = loop._Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar, team)
+        settled = types.SimpleNamespace(settle=lambda: None)           # the stack does it for all
+        skipping, alone = self.skipping if self.nonfinite == "skip" else None, Alone()
+        told = loop.teller(self.m.model, self.m.opt, skipping, settled, alone)
+        self.looks = loop._Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar, alone)
 
 # %% ../nbs/40_ensemble.ipynb #f474bae0
 def each(going: list[Going], act: Callable) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -32,38 +33,47 @@ if __name__ == "__main__":
 ENV = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def start(folder, script):
-    return subprocess.Popen([sys.executable, script, folder], env=ENV, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)
+@contextmanager
+def started(folder, script):
+    "A sweep in a session of its own, whose workers do not outlive the test"
+    with open(folder / "said", "w") as said, subprocess.Popen([sys.executable, script, folder], env=ENV, stderr=said,
+                                                              start_new_session=True) as p:
+        try:
+            yield p
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(p.pid, signal.SIGKILL)
 
 
 def stop(process, sign, rows, table):
     "Send a signal once the table has so many rows"
     while not (table.exists() and len(table.read_text().splitlines()) >= rows):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None
         time.sleep(.01)
     process.send_signal(sign)
-    return process.communicate(timeout=60)
+    assert process.wait(timeout=60) != 0
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_restart_runs_none_of_the_finished_again(tmp_path, sign):
+def test_restart_runs_none_of_the_finished_again(tmp_path):
+    "Ctrl-C in the middle, later SIGKILL, then the end: what has a row has run once"
     script, folder = tmp_path / "tiny.py", tmp_path / "table"
     script.write_text(SWEEP)
     folder.mkdir()
-    p = start(folder, script)
-    stop(p, sign, 12, folder / "results.jsonl")
-    assert p.returncode != 0
-    done = {(row["config"]["a"], row["config"]["b"]) for row in map(json.loads, open(folder / "results.jsonl"))}
-    assert 12 <= len(done) < 49
-    time.sleep(.3)                                            # what workers were doing when they lost their head
-    p = start(folder, script)
-    said = p.communicate(timeout=120)[1]
-    assert p.returncode == 0, said
-    assert f"{49 - len(done)} of 49 runs" in said
-    runs = Counter(tuple(map(int, line.split())) for line in open(folder / "log"))
-    assert len(runs) == 49 and all(runs[c] == 1 for c in done)
-    assert sum(runs.values()) - 49 <= 2                       # of two workers: over, but without a row
+    lines = lambda name: (folder / name).read_text().splitlines()
+    done, logs = [set()], []
+    for sign, rows in ((signal.SIGINT, 10), (signal.SIGKILL, 25)):
+        with started(folder, script) as p:
+            stop(p, sign, rows, folder / "results.jsonl")
+        assert f"{49 - len(done[-1])} of 49 runs" in (folder / "said").read_text()
+        done.append({tuple(json.loads(line)["config"].values()) for line in lines("results.jsonl")})
+        logs.append(Counter(lines("log")))
+        assert rows <= len(done[-1]) < 49
+    with started(folder, script) as p:
+        assert p.wait(timeout=120) == 0, lines("said")
+    runs = Counter(lines("log"))
+    for before, log in zip(done[1:], logs, strict=True):
+        assert all(runs[f"{a} {b}"] == log[f"{a} {b}"] for a, b in before)
+    assert len(runs) == 49 and sum(runs.values()) - 49 <= 2 * 4        # twice, each worker lost at most two jobs
     table = read(folder)
     assert len(table) == 49 and table.error.notna().sum() == 1 and table.error[key_of({"a": 1, "b": 0})]
 
@@ -134,7 +144,7 @@ def test_dask(tmp_path):
     cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
     with cluster, distributed.Client(cluster), parallel_config("dask"):
         table = sweep(Census(), configs, tmp_path, progress=False)
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert not any(row["worker"].endswith(f":{os.getpid()}") for row in rows)
     assert table.error.notna().tolist() == (table.rho == -1).tolist() and "rho" in table.error.dropna().iloc[0]
     assert (plan(configs, tmp_path).state != "to run").all()
