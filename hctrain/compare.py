@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .constraints import Proxy, RateGap, Sharpened, WeightedBCE, positive_rate
-from .evaluate import evaluate
+from .evaluate import Evaluation, Evaluator
 from .ghost import StochasticGhost
 from .lagrangian import PI, Lagrangian
 from .penalty import Penalty, PenaltyBarrier, SmoothedPenalty
@@ -34,8 +34,9 @@ from .train import Budget, Run, train, write_atomically
 
 # %% auto #0
 __all__ = ['STEP', 'DUAL', 'RHO', 'ALGORITHMS', 'PAPER', 'COLUMNS', 'scores', 'two_sided_scores', 'decisions', 'Algorithm',
-           'OverAdam', 'adam', 'pi_control', 'Setting', 'measure', 'What', 'run_one', 'compare', 'last_values', 'table',
-           'long_table', 'curves', 'save', 'hold_out', 'draws_of', 'winner', 'tune']
+           'OverAdam', 'adam', 'pi_control', 'Setting', 'evaluators', 'measurements', 'measure', 'measure_many', 'What',
+           'parts_of', 'run_one', 'members_of', 'in_turn', 'compare', 'last_values', 'table', 'long_table', 'curves',
+           'save', 'hold_out', 'draws_of', 'winner', 'trial', 'outcome', 'tune']
 
 # %% ../nbs/23_compare.ipynb #7df7392f
 def scores(n_groups: int, bound: float, weights: Tensor | None) -> RateGap:
@@ -132,22 +133,48 @@ class Setting:
         Budget(steps=self.steps, seconds=self.seconds, evaluations=self.evaluations)
         _check_setting(self)
 
+    def how(self) -> dict:
+        "What `train` and `train_many` are told besides the budget"
+        return {"draws": self.draws, "evaluations": self.evaluations, "anneal": self.anneal}
+
 # %% ../nbs/23_compare.ipynb #1a3f9b5b
+def evaluators(
+    data,                # Has `train`, `test` (batches) and `n_groups`
+    bound: float = 0.05, # Largest gap allowed
+    statistics: Sequence[Callable] = (positive_rate,)  # Whose gaps are measured
+) -> dict[str, list[Evaluator]]:
+    "One for each statistic, by split"
+    return {split: [Evaluator(getattr(data, split), s, n_groups=data.n_groups, bound=bound) for s in statistics]
+            for split in ("train", "test")}
+
+def measurements(
+    evaluations: Mapping[str, Sequence[Evaluation]]    # By split; of several statistics, their gaps follow each other
+) -> dict:
+    "Loss, accuracy, and of each group the gap in scores, the gap in decisions and the rate, by split"
+    joined = lambda evs, part: torch.cat([part(ev) for ev in evs])
+    return {f"{split}_{name}": value for split, evs in evaluations.items() for name, value in (
+        ("loss", evs[0].loss), ("accuracy", evs[0].accuracy), ("gaps", joined(evs, lambda ev: ev.soft.gaps)),
+        ("hard_gaps", joined(evs, lambda ev: ev.hard.gaps)), ("rates", joined(evs, lambda ev: ev.soft.values)))}
+
+# %% ../nbs/23_compare.ipynb #43eddaf4
 def measure(
     model: nn.Module,    # The network
     data,                # Has `train`, `test` (batches) and `n_groups`
     bound: float = 0.05, # Largest gap allowed
-    statistics: Sequence[Callable] = (positive_rate,) # Whose gaps are measured, one after the other
+    statistics: Sequence[Callable] = (positive_rate,)  # Whose gaps are measured, one after the other
 ) -> dict:
-    "Loss, accuracy, and of each group the gap in scores, the gap in decisions and the rate, on train and test"
-    values = {}
-    for split in ("train", "test"):
-        evs = [evaluate(model, getattr(data, split), s, data.n_groups, bound) for s in statistics]
-        values |= {f"{split}_loss": evs[0].loss, f"{split}_accuracy": evs[0].accuracy,
-                   f"{split}_gaps": torch.cat([ev.soft.gaps for ev in evs]),
-                   f"{split}_hard_gaps": torch.cat([ev.hard.gaps for ev in evs]),
-                   f"{split}_rates": torch.cat([ev.soft.values for ev in evs])}
-    return values
+    "What a record keeps: `measurements` of one network on train and test"
+    looks = evaluators(data, bound, statistics)
+    return measurements({split: [look(model) for look in each] for split, each in looks.items()})
+
+def measure_many(
+    models: Callable,   # S networks: features -> logits of shape (S, n) or (S, n, 1)
+    data,               # Has `train`, `test` (batches) and `n_groups`
+    bound: float = 0.05 # Largest gap allowed
+) -> list[dict]:
+    "The same of several networks in one pass over the rows, one a network"
+    splits = {split: look.many(models) for split, (look,) in evaluators(data, bound).items()}
+    return [measurements({k: [ev] for k, ev in zip(splits, one)}) for one in zip(*splits.values(), strict=True)]
 
 # %% ../nbs/23_compare.ipynb #6b8e47a4
 def _check_algorithms(algorithms):
@@ -179,16 +206,15 @@ class What:
                              "choose another folder, or remove its checkpoints")
 
 # %% ../nbs/23_compare.ipynb #5f624ffa
-def run_one(
+def parts_of(
     data,                                 # Has `train`, `test` (batches) and `n_groups`
     network: Callable[[int], nn.Module],  # `network(seed)` makes the network
     algorithm: Algorithm,                 # What to train with
     seed: int,                            # Of network and batches
     setting: Setting = Setting(),         # What all algorithms share
-    measured: Callable = measure,         # `measured(model, data, bound)`: what to record, under the names of `measure`
-    **kw                                  # More for `train`, such as a checkpoint
-) -> tuple[Run, nn.Module]:
-    "Train one algorithm from one seed; the run and the trained network"
+    measured: Callable = measure          # `measured(model, data, bound)`: what to record, under the names of `measure`
+) -> dict:
+    "What `train` is given for one run, by name"
     _check_algorithms([algorithm])
     streams = Streams(*data.train, per_group=setting.per_group, seed=seed)
     weights = streams.weights if setting.reference == "population" else None
@@ -196,13 +222,48 @@ def run_one(
     model = network(seed)
     seeded = {"seed": seed} if "seed" in inspect.signature(algorithm.make).parameters else {}
     opt = algorithm.make(model.parameters(), gaps.m, **seeded, **algorithm.options)
+    looks = evaluators(data, setting.bound)                    # which keep what they know of the rows
+    look = lambda: measurements({split: [one(model) for one in each] for split, each in looks.items()})
+    return {"model": model, "opt": opt, "loss": WeightedBCE(weights), "gaps": gaps, "streams": streams,
+            "evaluate": look if measured is measure else lambda: measured(model, data, setting.bound),
+            "parts": {"what": What(algorithm, setting)}}
+
+# %% ../nbs/23_compare.ipynb #2703ebaf
+def run_one(
+    data,                                 # Has `train`, `test` (batches) and `n_groups`
+    network: Callable[[int], nn.Module],  # `network(seed)` makes the network
+    algorithm: Algorithm,                 # What to train with
+    seed: int,                            # Of network and batches
+    setting: Setting = Setting(),         # What all algorithms share
+    measured: Callable = measure,         # What to record, as for `parts_of`
+    **kw                                  # More for `train`, such as a checkpoint
+) -> tuple[Run, nn.Module]:
+    "Train one algorithm from one seed; the run and the trained network"
+    parts = parts_of(data, network, algorithm, seed, setting, measured)
     with torch.random.fork_rng(devices=[]):                   # what the network draws itself, for dropout say
         torch.manual_seed(seed)
-        run = train(model, opt, WeightedBCE(weights), gaps, streams, steps=setting.steps, seconds=setting.seconds,
-                    draws=setting.draws, evaluations=setting.evaluations, anneal=setting.anneal,
-                    evaluate=lambda: measured(model, data, setting.bound),
-                    parts={"what": What(algorithm, setting)}, **kw)
-    return run, model
+        run = train(**parts, steps=setting.steps, seconds=setting.seconds, **setting.how(), **kw)
+    return run, parts["model"]
+
+# %% ../nbs/23_compare.ipynb #b91d0599
+def members_of(data, network, jobs: list[tuple[int, Algorithm]], setting: Setting, files: list,
+               measured: Callable = measure) -> list[dict]:
+    "The runs, for `train_many`: one for each seed and algorithm"
+    return [{**parts_of(data, network, a, seed, setting, measured), "name": f"{a.label}, seed {seed}",
+             "seed": seed, "checkpoint": file} for (seed, a), file in zip(jobs, files, strict=True)]
+
+def in_turn(data, network, jobs: list[tuple[int, Algorithm]], setting: Setting, files: list, resume: bool,
+            progress: bool, measured: Callable = measure) -> list[Run]:
+    "Train one after another; after Ctrl-C no other begins"
+    runs = []
+    for (seed, a), file in zip(jobs, files, strict=True):
+        title = f"{a.label}, seed {seed} ({len(runs) + 1} of {len(jobs)})"
+        run, _ = run_one(data, network, a, seed, setting, measured, checkpoint=file,
+                         progress=title if progress else False, resume=resume and file is not None and file.exists())
+        runs.append(run)
+        if run.interrupted:
+            break
+    return runs
 
 # %% ../nbs/23_compare.ipynb #15d1a929
 def compare(
@@ -213,20 +274,22 @@ def compare(
     folder: str | Path | None = None,                     # Where each run keeps its checkpoint
     resume: bool = False,                                 # Go on from the checkpoints that are there
     progress: bool = True,                                # Show a bar for each run
-    measured: Callable = measure                          # What to record, as for `run_one`
+    measured: Callable = measure,                         # What to record, as for `run_one`
+    many: Callable | None = None                          # `train_many` of `hctrain.ensemble`: all at once, in steps
 ) -> dict[str, list[Run]]:
     "Train every algorithm from every seed; runs by label. After Ctrl-C the last run says that it is not finished"
     _check_algorithms(algorithms)
     jobs = [(seed, a) for seed in range(setting.seeds) for a in algorithms]
+    files = [None if folder is None else Path(folder) / f"{re.sub('[^a-z0-9.=]+', '-', a.label.lower())}-{seed}.pt"
+             for seed, a in jobs]
+    if many and setting.steps:
+        done = many(members_of(data, network, jobs, setting, files, measured), steps=setting.steps, **setting.how(),
+                    resume=resume and folder is not None, progress=progress)
+    else:
+        done = in_turn(data, network, jobs, setting, files, resume, progress, measured)
     runs = {a.label: [] for a in algorithms}
-    for i, (seed, a) in enumerate(jobs):
-        file = None if folder is None else Path(folder) / f"{re.sub('[^a-z0-9]+', '-', a.label.lower())}-{seed}.pt"
-        title = f"{a.label}, seed {seed} ({i + 1} of {len(jobs)})"
-        run, _ = run_one(data, network, a, seed, setting, measured, checkpoint=file,
-                         progress=title if progress else False, resume=resume and file is not None and file.exists())
+    for (_, a), run in zip(jobs, done):
         runs[a.label].append(run)
-        if run.interrupted:
-            break
     return runs
 
 # %% ../nbs/23_compare.ipynb #4670ad15
@@ -339,6 +402,20 @@ def winner(
         return (2, 0.) if not math.isfinite(gap + loss) else (0, loss) if gap <= limit else (1, gap)
     return min(table, key=rank)
 
+# %% ../nbs/23_compare.ipynb #96267276
+def trial(data, network, algorithm: Algorithm, seed: int, setting: Setting) -> Run | None:
+    "A run, or None if it met a NaN"
+    try:
+        return run_one(data, network, algorithm, seed, setting, progress=False)[0]
+    except FloatingPointError:
+        return None
+
+def outcome(run: Run | None, key: str) -> dict[str, float]:
+    "Loss and largest gap of a trial in the end; infinite if it met a NaN"
+    if run is None or not run.finished:
+        return {"loss": math.inf, "gap": math.inf}
+    return {"loss": float(run.record["test_loss"][-1]), "gap": float(run.record[key][-1].max())}
+
 # %% ../nbs/23_compare.ipynb #9bf639d1
 def tune(
     data,                                 # Has `train`, `test` (batches) and `n_groups`; the test rows are not used
@@ -347,16 +424,16 @@ def tune(
     setting: Setting = Setting(),         # Budget, bound and batches of each trial; its `seeds` are not used
     trials: int = 8,                      # Trials, the first with the algorithm's own options
     excess: float = .1,                   # Share of the bound by which a feasible trial may exceed it
-    seed: int = 0                         # Of the draws, the split and the runs
+    seed: int = 0,                        # Of the draws, the split and the runs
+    many: Callable | None = None          # `train_many` of `hctrain.ensemble`: all trials at once, in steps
 ) -> tuple[Algorithm, list[dict]]:
     "The algorithm with the options that did best, and all trials: options, loss and largest gap on rows set aside"
     part, key = hold_out(data, seed=seed), "test_hard_gaps" if algorithm.constraints is decisions else "test_gaps"
-    table = []
-    for a in draws_of(algorithm, trials, seed):
-        try:
-            record = run_one(part, network, a, seed, setting, progress=False)[0].record
-            loss, gap = float(record["test_loss"][-1]), float(record[key][-1].max())
-        except FloatingPointError:
-            loss, gap = float("inf"), float("inf")
-        table.append({"options": a.options, "loss": loss, "gap": gap})
+    jobs = [(seed, a) for a in draws_of(algorithm, trials, seed)]
+    if many and setting.steps:
+        runs = many(members_of(part, network, jobs, setting, [None] * trials), steps=setting.steps, **setting.how(),
+                    nonfinite="drop", progress=False)
+    else:
+        runs = [trial(part, network, a, seed, setting) for _, a in jobs]
+    table = [{"options": a.options, **outcome(run, key)} for (_, a), run in zip(jobs, runs, strict=True)]
     return algorithm._replace(options=winner(table, setting.bound * (1 + excess))["options"]), table

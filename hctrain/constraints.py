@@ -628,8 +628,11 @@ class Proxy:
 # %% ../nbs/01_constraints.ipynb #6c691427
 def true_values(gaps: Callable, out: Tensor, batch) -> Tensor:
     "Constraint values for the multipliers: the true ones of a proxy, those of `gaps` otherwise; no gradient"
+    values = getattr(gaps, "true", gaps)
+    if not torch.is_grad_enabled():
+        return values(out, batch)
     with torch.no_grad():
-        return getattr(gaps, "true", gaps)(out, batch)
+        return values(out, batch)
 
 # %% ../nbs/01_constraints.ipynb #e8b54e8b
 def check_parts(parts) -> None:

@@ -25,8 +25,8 @@ from torch.optim import optimizer as torch_optimizer
 from .problem import Battery, Toy, leaves, require, same, toys
 
 # %% auto #0
-__all__ = ['RULES', 'INNER', 'check_numbers', 'check_choice', 'is_finite', 'check_finite', 'Descent', 'Ascent', 'spoiled',
-           'masked', 'plain', 'Multipliers', 'listed', 'ConstrainedOptimizer', 'solve', 'SkipNonFinite',
+__all__ = ['RULES', 'INNER', 'check_numbers', 'check_choice', 'is_finite', 'check_finite', 'without_grad', 'Descent', 'Ascent',
+           'spoiled', 'masked', 'plain', 'Multipliers', 'listed', 'ConstrainedOptimizer', 'solve', 'SkipNonFinite',
            'check_optimizer']
 
 # %% ../nbs/04_optimizer.ipynb #77a225b1
@@ -71,6 +71,17 @@ def check_finite(
                                  "this call changed nothing; look at this batch, lower the step sizes or "
                                  "clip the gradient")
 
+# %% ../nbs/04_optimizer.ipynb #052f36c2
+def without_grad(
+    function: Callable  # Any function
+) -> Callable:
+    "`torch.no_grad` as a decorator that costs nothing where gradients are off already"
+    outside = torch.no_grad()(function)
+    @functools.wraps(function)
+    def either(*args, **kwargs):
+        return (outside if torch.is_grad_enabled() else function)(*args, **kwargs)
+    return either
+
 # %% ../nbs/04_optimizer.ipynb #9ff17282
 class Descent(torch.optim.Optimizer):
     "Plain gradient descent, x ← x − τ G, with τ as the `lr` of each group"
@@ -93,7 +104,7 @@ class Descent(torch.optim.Optimizer):
     def __getstate__(self):
         return {**super().__getstate__(), "known": self.known}
 
-    @torch.no_grad()
+    @without_grad
     def step(self, closure: Callable | None = None) -> Tensor | None:
         "Descend along `.grad`"
         loss = None if closure is None else torch.enable_grad()(closure)()
@@ -253,6 +264,8 @@ def plain(
         return {k: plain(v) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(plain(v) for v in tree)
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()                       # of a view only what is seen of it
     return tree.item() if isinstance(tree, np.generic) else copy.deepcopy(tree)
 
 # %% ../nbs/04_optimizer.ipynb #ad82c476
@@ -414,9 +427,9 @@ class _LateGroups:
         "What a torch optimizer beside the primal one is told of a new group"
         return {"params": group["params"]}
 
-# %% ../nbs/04_optimizer.ipynb #b96f9033
-class _Smooth:
-    "Anchors z that follow x, and the force μ (x − z); the method's options are `mu` and `beta`"
+# %% ../nbs/04_optimizer.ipynb #59946cce
+class _Anchors:
+    "Anchors z"
     def anchors(self, x: list[Tensor]) -> list[Tensor]:
         "The anchor of each tensor, made as its copy at first sight"
         states = [self.state[p] for p in x]
@@ -425,6 +438,9 @@ class _Smooth:
                 state["z"] = p.detach().clone()
         return [state["z"] for state in states]
 
+# %% ../nbs/04_optimizer.ipynb #b96f9033
+class _Smooth(_Anchors):
+    "The force μ (x − z), and anchors z that follow x; the method's options are `mu` and `beta`"
     def smooth(self, closure: Callable | None) -> tuple[Callable, Callable]:
         "A force for `descend`, and what to call after it"
         waiting = {}

@@ -10,8 +10,11 @@ from torch.optim import LBFGS, Adam
 from hctrain import (
     SSLALM,
     Box,
+    MeanGap,
+    Proxy,
     RateGap,
     SkipNonFinite,
+    StochasticGhost,
     Streams,
     SwitchingSubgradient,
     WeightedBCE,
@@ -19,8 +22,9 @@ from hctrain import (
     positive_rate,
     project_after,
     toys,
+    true_positive_rate,
 )
-from hctrain.compare import Setting
+from hctrain.compare import ALGORITHMS, Setting, compare
 from hctrain.problem import same
 from hctrain.train import Checkpoint, train
 
@@ -212,6 +216,16 @@ AROUND = {
     "a NaN in the network": (dict(steps=3, nan=True), FloatingPointError),
     "a NaN in the network, under Adam": (dict(steps=3, nan=True, opt=adam), FloatingPointError),
     "a policy that is none": (dict(steps=3, nonfinite="ignore"), ValueError),
+    "an optimizer of other weights": (dict(steps=3, opt=lambda p, m: SSLALM([weights()], m)), ValueError),
+    "a torch optimizer of other weights": (dict(steps=3, opt=lambda p, m: Adam([weights()])), ValueError),
+    "a class for an optimizer": (dict(steps=3, opt=lambda p, m: SSLALM), TypeError),
+    "a name for an optimizer": (dict(steps=3, opt=lambda p, m: "adam"), TypeError),
+    "an evaluation of nothing": (dict(steps=3, evaluate=lambda: None), TypeError),
+    "an evaluation that is none": (dict(steps=3, evaluate="loss"), TypeError),
+    "anneal a word": (dict(steps=3, anneal="yes"), TypeError), "schedulers 3": (dict(steps=3, schedulers=3), TypeError),
+    "parts a list": (dict(steps=3, parts=[1]), TypeError),
+    "parts without state": (dict(steps=3, parts={"a": 1}), TypeError),
+    "parts of train's own": (dict(steps=3, parts={"model": nn.Linear(1, 1)}), ValueError),
 }
 
 
@@ -237,6 +251,15 @@ OTHERS = {
     "one tensor for a set": (lambda: Box(0, 1)(torch.ones(2)), TypeError),
     "a set for no optimizer": (lambda: project_after([weights()], Box(0, 1)), TypeError),
     "a Jacobian that does not fit": (lambda: kkt_residual(*[torch.ones(2)] * 4), ValueError),
+    "a bound as text": (lambda: Setting(bound="0.05"), ValueError),
+    "names to compare": (lambda: compare(None, None, ["adam"]), TypeError),
+    "classes to compare": (lambda: compare(None, None, [SSLALM]), TypeError),
+    "a dict to compare": (lambda: compare(None, None, ALGORITHMS), TypeError),
+    "a box as text": (lambda: StochasticGhost([weights()], 1, box="1"), ValueError),
+    "weights as text": (lambda: WeightedBCE("population"), ValueError),
+    "functions for constraints": (lambda: Proxy(positive_rate, positive_rate), TypeError),
+    "NumPy labels": (lambda: true_positive_rate(torch.zeros(2), torch.arange(2), torch.ones(2).numpy(), 2), ValueError),
+    "a number for two means": (lambda: MeanGap(positive_rate, 2)(torch.zeros(2), None, .5), TypeError),
     "no such file": (lambda: Checkpoint("/nowhere/run.pt").load(), FileNotFoundError),
 }
 

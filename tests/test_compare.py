@@ -60,6 +60,6 @@ def test_a_run_is_of_one_setting(other):
 def test_trials_are_judged_by_what_they_were_trained_for(name, gap, monkeypatch):
     values = {"test_loss": np.array([9., 1.]), "test_gaps": np.array([[9., 9.], [.125, .25]]),
               "test_hard_gaps": np.array([[9., 9.], [.5, .25]])}
-    monkeypatch.setattr(chapter, "run_one", lambda *args, **kw: (SimpleNamespace(record=values), None))
+    monkeypatch.setattr(chapter, "run_one", lambda *args, **kw: (SimpleNamespace(record=values, finished=True), None))
     _, table = tune(data(), None, ALGORITHMS[name], SETTING, trials=2)
     assert [(row["loss"], row["gap"]) for row in table] == [(1., gap)] * 2

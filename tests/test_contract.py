@@ -159,7 +159,7 @@ class StepsByItself(SSLALM):
 
 class ReducesTheLoss(SSLALM):
     def lagrangian(self, f, c1, c2=None):
-        return super().lagrangian(f.sum(), c1, c2)
+        return super().lagrangian(f.sum() if isinstance(f, Tensor) else f, c1, c2)
 
 
 class TakesNaNGradients(SSLALM):
