@@ -26,7 +26,7 @@ from . import train as loop
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, plain
 from .replay import Recording, Replay, compile_recording, is_constant, leaves_of
 from .sampling import RandomStreams, Streams
-from .train import Anneal, Budget, Checkpoint, Clock, Progress, Record, Run
+from .train import Alone, Anneal, Budget, Checkpoint, Clock, Progress, Record, Run
 
 # %% auto #0
 __all__ = ['RULES', 'METHODS', 'PLAIN', 'FIRST', 'ROWS', 'batched', 'flipped', 'the_other_way', 'shortened', 'spoken', 'Member',
@@ -627,11 +627,13 @@ class _Counting:
 class Going(_Counting):
     "A run on its way, with all that `train` would keep of it"
     def __init__(self, m: Member, budget: Budget, anneal: bool, resume: bool, nonfinite: str):
+        loop._check_arguments(m.model, m.opt, m.loss, m.evaluate, (), anneal, m.parts)
         loop._check_parts(m.opt, m.gaps, m.streams, False, m.checkpoint, False)
         self.m, self.budget, self.nonfinite, self.error = m, budget, nonfinite, None
         self.skipping, self.used = SkipNonFinite(m.opt), [0.]
         self.anneal = Anneal(m.opt, self.used) if anneal else None
-        kept = {"model": m.model, "opt": m.opt, "streams": m.streams, "gaps": m.gaps, "skip": self.skipping, **m.parts}
+        kept = {"model": loop.bare(m.model), "opt": m.opt, "streams": m.streams, "gaps": m.gaps, "skip": self.skipping,
+                **m.parts}
         kept |= {"scheduler0": self.anneal} if anneal else {}
         kept = {k: Whole(v) if hasattr(v, "state_dict") else v for k, v in kept.items()}
         self.saved = None if m.checkpoint is None else Checkpoint(m.checkpoint, **kept)
@@ -643,8 +645,9 @@ class Going(_Counting):
         "Get ready to look"
         self.clock = Share(clock, runs, self.past)
         settled = types.SimpleNamespace(settle=lambda: None)           # the stack does it for all
-        told = loop.teller(self.m.model, self.m.opt, self.skipping if self.nonfinite == "skip" else None, settled)
-        self.looks = loop._Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar)
+        skipping, alone = self.skipping if self.nonfinite == "skip" else None, Alone()
+        told = loop.teller(self.m.model, self.m.opt, skipping, settled, alone)
+        self.looks = loop._Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar, alone)
 
 # %% ../nbs/40_ensemble.ipynb #f474bae0
 def each(going: list[Going], act: Callable) -> None:
@@ -742,7 +745,7 @@ def plan(goings: list[Going], draws: int, rows: int = ROWS) -> tuple[list[tuple[
     "Which runs go together, with their recipe; and those that go alone, with the reason"
     recipes, groups, alone = {}, {}, {}
     for i, g in enumerate(goings):
-        known = getattr(g.m.opt, "draws_itself", False)
+        known = getattr(g.m.opt, "draws_itself", False) or getattr(loop.team_of(g.m.streams), "size", 1) > 1
         if known or g.nonfinite == "skip" and not isinstance(g.m.opt, ConstrainedOptimizer):
             alone[i] = ""
             continue
