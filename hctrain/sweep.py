@@ -13,6 +13,7 @@ import os
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import closing, contextmanager
@@ -152,12 +153,16 @@ def _done(run: Callable, left: Mapping, n_jobs: int | None) -> Iterator[dict]:
     "Rows in the order in which they are finished"
     import joblib
     workers = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
+    rows = workers(joblib.delayed(_attempt)(run, key, c) for key, c in left.items())
     try:
-        with closing(workers(joblib.delayed(_attempt)(run, key, c) for key, c in left.items())) as rows:
-            yield from rows
+        for row in rows:
+            yield row                                        # `yield from` would close it before the last lines
     except BrokenExecutor:
         raise RuntimeError("expected workers that live, got one that was killed, maybe for its memory: what was done "
                            "is kept; go on with fewer jobs") from None
+    finally:
+        with warnings.catch_warnings(action="ignore"):       # that what was cut is cut
+            rows.close()
 
 # %% ../nbs/42_sweep.ipynb #beb62ee3
 def sweep(
