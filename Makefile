@@ -12,14 +12,15 @@ SETTINGS := settings.ini setup.py constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint lab docs install clean FORCE
+.PHONY: help run test lint lab docs bench bench-full install clean FORCE
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-19s%s\n", $$1, $$2 }'
 	@echo
 	@echo '  make run ARGS="--seconds 60 --seeds 5"    options of `hctrain acs` (ARGS=--help lists them)'
 	@echo '  make run ARGS=--resume                    go on after Ctrl-C'
 	@echo '  make test ARGS="-k 05_sslalm"             options of pytest (--slow also runs the slow cells)'
+	@echo '  make bench ARGS="step ghost"              some of its suites (ARGS=--help lists them)'
 	@echo '  make install PYTHON=python3.12            another Python, for a new .venv'
 	@echo '  make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"'
 	@echo '                                            another PyTorch: /cpu is the small one without CUDA'
@@ -40,6 +41,12 @@ docs: $(VENV)/.dev ## Build the site: with Quarto into _docs, without it into _s
 	@if command -v quarto > /dev/null; then PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_docs; \
 	else $(BIN)/python tools/build_site.py _site; fi
 
+bench: $(VENV)/.peers ## Measure speed beside other libraries: a table, and JSON in ./runs/bench
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m bench $(ARGS)
+
+bench-full: $(VENV)/.peers ## The same with more rounds and seeds, and every library tuned anew: an hour
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m bench --effort full $(ARGS)
+
 install: $(VENV)/.dev ## Install everything for development into .venv
 	@echo 'Ready: . $(BIN)/activate'
 
@@ -47,7 +54,8 @@ clean: ## Remove what was built (.venv and runs stay)
 	rm -rf _docs _proc _site build dist .pytest_cache .ruff_cache .hypothesis
 	find hctrain nbs tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
-# Three stamps, each an installation that need not be repeated: Python and PyTorch, the experiment, development.
+# Four stamps, each an installation that need not be repeated: Python and PyTorch, the experiment, the libraries that
+# speed is compared with, development.
 # TORCH given by hand is compared with what is there each time; otherwise an existing stamp is enough.
 ifneq ($(origin TORCH),file)
 $(VENV)/.torch: FORCE
@@ -80,6 +88,11 @@ $(VENV)/.run: $(VENV)/.torch $(VENV)/.constraints $(SETTINGS)
 	@echo 'Installing hctrain with what the census experiment needs into $(VENV), once.'
 	@$(PIP) install --quiet -c $(VENV)/.constraints -e '.[acs]'
 	@touch $@
+
+$(VENV)/.peers: $(VENV)/.torch $(VENV)/.constraints $(SETTINGS)
+	@echo 'Installing the libraries to compare with into $(VENV), once.'
+	@$(PIP) install --quiet -c $(VENV)/.constraints -e '.[peers]'
+	@touch $@ $(VENV)/.run
 
 # pip does not see a broken nbdev set (nbdev 2.4 with a newer execnb), so it is imported.
 $(VENV)/.dev: $(VENV)/.torch $(VENV)/.constraints $(SETTINGS)

@@ -32,6 +32,8 @@ setup(
     install_requires=deps("requirements"),
     extras_require={
         "acs": deps("acs_requirements"),
+        "cluster": deps("cluster_requirements"),
+        "peers": deps("acs_requirements") + deps("peers_requirements"),
         "dev": deps("acs_requirements") + deps("dev_requirements"),
     },
     entry_points={

@@ -21,45 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from . import replay
+from . import train as loop
 from .optimizer import ConstrainedOptimizer, SkipNonFinite, check_choice, plain
-from hctrain.replay import (
-    Recording,
-    Replay,
-    compile_recording,
-    is_constant,
-    leaves_of,
-    numbers_of,
-    optimizers_of,
-    pruned,
-    state_of,
-    values_of,
-)
+from .replay import Recording, Replay, compile_recording, is_constant, leaves_of
 from .sampling import RandomStreams, Streams
-from hctrain.train import (
-    Alone,
-    Anneal,
-    Budget,
-    Checkpoint,
-    Clock,
-    Progress,
-    Record,
-    Run,
-    _check_parts,
-    _Looks,
-    choose_step,
-    interruptible,
-    rows_are_independent,
-    teller,
-    train,
-)
+from .train import Alone, Anneal, Budget, Checkpoint, Clock, Progress, Record, Run
 
 # %% auto #0
-__all__ = ['aten', 'RESHAPES', 'FILLS', 'RULES', 'PLAIN', 'FIRST', 'ROWS', 'writes', 'twin', 'Batchwise', 'batched', 'aliases',
-           'base', 'Memory', 'like', 'gives_back', 'is_zero', 'without_known', 'without_clones', 'is_pure', 'replace',
-           'constant', 'folded', 'once', 'could_wait', 'with_product', 'in_place', 'finite', 'paired', 'without_copies',
-           'flipped', 'the_other_way', 'shortened', 'Member', 'bytes_of', 'Likeness', 'signature', 'content', 'undone',
-           'Recipe', 'recipe_of', 'Together', 'share_rows', 'Gathered', 'Stack', 'Whole', 'Share', 'Part', 'Going',
-           'each', 'Company', 'plan', 'train_alone', 'in_processes', 'in_turn', 'train_many']
+__all__ = ['RULES', 'METHODS', 'PLAIN', 'FIRST', 'ROWS', 'batched', 'flipped', 'the_other_way', 'shortened', 'spoken', 'Member',
+           'bytes_of', 'Likeness', 'signature', 'content', 'undone', 'Recipe', 'recipe_of', 'Together', 'share_rows',
+           'Gathered', 'Stack', 'Whole', 'Share', 'Part', 'Going', 'each', 'Company', 'plan', 'train_alone',
+           'in_processes', 'in_turn', 'train_many']
 
 # %% ../nbs/40_ensemble.ipynb #0d16a14d
 def writes(target) -> bool:
@@ -87,7 +60,7 @@ def batched(
     from torch.fx.experimental.proxy_tensor import make_fx
     step = torch.vmap(lambda *a: (Batchwise(graph).run(*a), a[0])[1])
     with torch.no_grad():
-        return pruned(make_fx(step)(*(a.clone() for a in args)))
+        return replay.pruned(make_fx(step)(*(a.clone() for a in args)))
 
 # %% ../nbs/40_ensemble.ipynb #26fa7f0d
 def aliases(n: Node) -> bool:
@@ -127,6 +100,10 @@ def like(n) -> tuple | None:
     meta = n.meta.get("tensor_meta") if isinstance(n, Node) else None
     return meta and (meta.shape, meta.dtype)
 
+def can_stand_for(a: Node, b: Node) -> bool:
+    "Whether one result may take the place of another: views may follow, so that it must lie alike in memory"
+    return like(a) == like(b) and a.meta["tensor_meta"].stride == b.meta["tensor_meta"].stride
+
 RESHAPES = {aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.squeeze.dim, aten.squeeze.dims}
 
 def gives_back(g: GraphModule, n: Node) -> Node | None:
@@ -151,14 +128,15 @@ def without_known(g: GraphModule) -> None:
     "No call for what is there"
     memory = Memory(g.graph)
     for n in g.graph.nodes:
-        if (a := gives_back(g, n)) is not None and (aliases(n) or memory.is_kept(n) and memory.is_kept(a)):
+        a = gives_back(g, n)
+        if a and can_stand_for(a, n) and (aliases(n) or memory.is_kept(n) and memory.is_kept(a)):
             n.replace_all_uses_with(a)
 
 def without_clones(g: GraphModule) -> None:
     "No copy of what stays as it is while the copy is in use"
     memory = Memory(g.graph)
     for n in g.graph.nodes:
-        if n.target is aten.clone.default and memory.is_kept(n):
+        if n.target is aten.clone.default and memory.is_kept(n) and can_stand_for(n.args[0], n):
             last = max(memory.used.get(n, [0]))
             if all(w > last for w in memory.written.get(base(n.args[0]), ())):
                 n.replace_all_uses_with(n.args[0])
@@ -265,10 +243,11 @@ def without_copies(g: GraphModule) -> None:
     def seen_later(old, n):
         others = [m for m in memory.at if m.op != "output" and base(m) is base(old) and not through(m, n)]
         return any(memory.at[u] > memory.at[n] for m in others for u in m.users)
-    for n in [n for n in g.graph.nodes if n.target is aten.copy_.default and like(n.args[0]) == like(n.args[1])]:
+    for n in [n for n in g.graph.nodes if n.target is aten.copy_.default and like(n.args[1])]:
         old, new = n.args[:2]
         fresh = is_pure(new) and not aliases(new) and len(new.users) == 1
-        if old is new or base(old).op == "call_function" and fresh and not seen_later(old, n):
+        unseen = old is new or base(old).op == "call_function" and fresh and not seen_later(old, n)
+        if unseen and can_stand_for(new, n):
             n.replace_all_uses_with(new)
             del memory.at[n]
             g.graph.erase_node(n)
@@ -302,6 +281,23 @@ def shortened(
     g.recompile()
     return g
 
+# %% ../nbs/40_ensemble.ipynb #49e0d579
+METHODS = set("""abs add add_ addcdiv_ addcmul_ all baddbmm bitwise_not bmm clamp clamp_ clamp_min clone copy_ div
+              div_ eq exp_ expand fill_ ge gt index_select isfinite le lerp lerp_ log_ logical_or_ lt masked_fill_
+              maximum mean mm mul mul_ ne neg permute pow relu select sgn sigmoid sqrt sub sub_ sum t transpose
+              unbind unsqueeze view zero_""".split())
+
+def spoken(
+    g: GraphModule  # A list of calls; changed in place
+) -> GraphModule:
+    "The same by methods of tensors, which are faster to reach"
+    for n in g.graph.nodes:
+        known = isinstance(n.target, torch._ops.OpOverload) and n.target._opname in METHODS
+        if known and isinstance(n.args[0], Node):
+            n.op, n.target = "call_method", n.target._opname
+    g.recompile()
+    return g
+
 # %% ../nbs/40_ensemble.ipynb #484215b7
 @dataclass
 class Member:
@@ -321,14 +317,30 @@ class Member:
         "What a step moves"
         return [p for p in (self.model, self.opt, self.streams, self.gaps) if hasattr(p, "state_dict")]
 
-# %% ../nbs/40_ensemble.ipynb #8735575b
+# %% ../nbs/40_ensemble.ipynb #8496511e
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)
 
 def bytes_of(t: Tensor) -> bytes:
     "The values of a tensor"
     return t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
-class Likeness:
+class _Function:
+    "Functions are compared by their code and what they close over, objects by their attributes, others as they are"
+    def function(self, x):
+        "Anything that is neither plain nor made of parts"
+        if isinstance(x, types.FunctionType):
+            cells = [c.cell_contents for c in x.__closure__ or ()]
+            return x.__code__, self(cells), self(x.__defaults__), self(x.__kwdefaults__ or {})
+        if isinstance(x, types.MethodType):
+            return self(x.__func__), self(x.__self__)
+        if isinstance(x, partial):
+            return partial, self(x.func), self(x.args), self(x.keywords)
+        if hasattr(x, "__dict__") and not isinstance(x, types.ModuleType):
+            return type(x), self(vars(x))
+        return "itself", id(x)
+
+# %% ../nbs/40_ensemble.ipynb #b05ccc95
+class Likeness(_Function):
     "What of an object a step may depend on, in a form that can be compared"
     def __init__(self, tensors: dict[int, int] = {}, numbers: frozenset = frozenset()):
         self.tensors, self.numbers, self.seen = tensors, numbers, {}     # by identity; the first two may differ
@@ -348,28 +360,15 @@ class Likeness:
             return type(x), tuple(map(self, x))
         return self.function(x)
 
-    def function(self, x):
-        "Functions by their code and what they close over, objects by their attributes, others by what they are"
-        if isinstance(x, types.FunctionType):
-            cells = [c.cell_contents for c in x.__closure__ or ()]
-            return x.__code__, self(cells), self(x.__defaults__), self(x.__kwdefaults__ or {})
-        if isinstance(x, types.MethodType):
-            return self(x.__func__), self(x.__self__)
-        if isinstance(x, partial):
-            return partial, self(x.func), self(x.args), self(x.keywords)
-        if hasattr(x, "__dict__") and not isinstance(x, types.ModuleType):
-            return type(x), self(vars(x))
-        return "itself", id(x)
-
 # %% ../nbs/40_ensemble.ipynb #e38b60f3
 def signature(
     m: Member,     # A run
     batches: list  # Of its streams
 ) -> tuple:
     "Runs with the same signature make the same step, but for numbers"
-    tensors = {id(t): i for i, t in enumerate(state_of(m.model, m.opt))}
-    starts = [*(o.defaults for o in (m.opt, *optimizers_of(m.opt))), getattr(m.opt, "options", {})]
-    numbers = {(id(d), k) for d, k in numbers_of(m.opt, m.gaps)}
+    tensors = {id(t): i for i, t in enumerate(replay.state_of(m.model, m.opt))}
+    starts = [*(o.defaults for o in (m.opt, *replay.optimizers_of(m.opt))), getattr(m.opt, "options", {})]
+    numbers = {(id(d), k) for d, k in replay.numbers_of(m.opt, m.gaps)}
     numbers |= {(id(d), k) for d in starts for k, v in d.items() if isinstance(v, float)}
     parts = [Likeness()(leaf) if is_constant(leaf) else (leaf.shape, leaf.dtype) for leaf in leaves_of(batches)]
     return Likeness(tensors, frozenset(numbers))((m.model, m.opt, m.loss, m.gaps)), tuple(parts)
@@ -420,7 +419,7 @@ def recipe_of(
     draws: int = 3   # Independent constraint draws a step
 ) -> Recipe:
     "Record a step of a run, and try it on two; a TypeError or RuntimeError says why that cannot be"
-    do_step, joint = choose_step(m.opt, draws), rows_are_independent(m.model)
+    do_step, joint = loop.choose_step(m.opt, draws), loop.rows_are_independent(m.model)
     making = Replay(do_step, compiled=False)
     with undone(m):
         for _ in range(FIRST):
@@ -494,13 +493,15 @@ def _example(feed: Together) -> list[Tensor]:
     return batches
 
 # %% ../nbs/40_ensemble.ipynb #34f616da
-class _Stepping:
-    "What a stack does"
+class _Making:
+    "What a stack is made of"
     def made(self, compiled: bool) -> Callable:
         "The step of all runs"
         inputs = _example(self.feed)
         graph = shortened(batched(self.recipe.recording.graph, [*self.tensors, self.values, *inputs]))
-        return compile_recording(Recording(graph, self.tensors, [], self.values, []), inputs) if compiled else graph
+        if compiled:
+            return compile_recording(Recording(graph, self.tensors, [], self.values, []), inputs)
+        return spoken(graph)
 
     def falls(self, anneals: Sequence[Anneal]):
         "Columns of step sizes that fall, each with where it began"
@@ -510,6 +511,9 @@ class _Stepping:
         for same in zip(*rows, strict=True):
             yield self.values[:, same[0][0]], self.values.new_tensor([lr for _, lr in same])
 
+# %% ../nbs/40_ensemble.ipynb #1a2fffda
+class _Stepping:
+    "What a stack does"
     def step(self) -> None:
         "A step of each run"
         with torch.no_grad():
@@ -536,7 +540,7 @@ class _Stepping:
             getattr(m.opt, "defer", bool)(waited)
 
 # %% ../nbs/40_ensemble.ipynb #b8dd29ac
-class Stack(_Stepping):
+class Stack(_Making, _Stepping):
     "Runs that are alike: `step()` makes a step of each"
     def __init__(self,
         members: list[Member],          # Each after a step or two as written
@@ -545,9 +549,9 @@ class Stack(_Stepping):
         anneals: Sequence[Anneal] = ()  # Schedules of step sizes that fall in a line, one a run
     ):
         self.members, self.recipe = members, recipe
-        self.states = [state_of(m.model, m.opt) for m in members]
-        self.numbers = [numbers_of(m.opt, m.gaps) for m in members]
-        self.values = torch.stack([values_of(n) for n in self.numbers])
+        self.states = [replay.state_of(m.model, m.opt) for m in members]
+        self.numbers = [replay.numbers_of(m.opt, m.gaps) for m in members]
+        self.values = torch.stack([replay.values_of(n) for n in self.numbers])
         self.tensors = [torch.stack([t.detach() for t in same]) for same in zip(*self.states, strict=True)]
         streams = [m.streams for m in members]
         self.feed = (Gathered if share_rows(streams) else Together)(streams, recipe.draws)
@@ -577,6 +581,7 @@ class Whole:
         "Take it back"
         self.part.load_state_dict(state)
 
+# %% ../nbs/40_ensemble.ipynb #10d2e85d
 class Share:
     "A run's part of the clock of its stack"
     def __init__(self, clock: Clock, runs: int, past: float):
@@ -622,11 +627,13 @@ class _Counting:
 class Going(_Counting):
     "A run on its way, with all that `train` would keep of it"
     def __init__(self, m: Member, budget: Budget, anneal: bool, resume: bool, nonfinite: str):
-        _check_parts(m.opt, m.gaps, m.streams, False, m.checkpoint, False)
+        loop._check_arguments(m.model, m.opt, m.loss, m.evaluate, (), anneal, m.parts)
+        loop._check_parts(m.opt, m.gaps, m.streams, False, m.checkpoint, False)
         self.m, self.budget, self.nonfinite, self.error = m, budget, nonfinite, None
         self.skipping, self.used = SkipNonFinite(m.opt), [0.]
         self.anneal = Anneal(m.opt, self.used) if anneal else None
-        kept = {"model": m.model, "opt": m.opt, "streams": m.streams, "gaps": m.gaps, "skip": self.skipping, **m.parts}
+        kept = {"model": loop.bare(m.model), "opt": m.opt, "streams": m.streams, "gaps": m.gaps, "skip": self.skipping,
+                **m.parts}
         kept |= {"scheduler0": self.anneal} if anneal else {}
         kept = {k: Whole(v) if hasattr(v, "state_dict") else v for k, v in kept.items()}
         self.saved = None if m.checkpoint is None else Checkpoint(m.checkpoint, **kept)
@@ -638,8 +645,9 @@ class Going(_Counting):
         "Get ready to look"
         self.clock = Share(clock, runs, self.past)
         settled = types.SimpleNamespace(settle=lambda: None)           # the stack does it for all
-        told = teller(self.m.model, self.m.opt, self.skipping if self.nonfinite == "skip" else None, settled, Alone())
-        self.looks = _Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar, Alone())
+        skipping, alone = self.skipping if self.nonfinite == "skip" else None, Alone()
+        told = loop.teller(self.m.model, self.m.opt, skipping, settled, alone)
+        self.looks = loop._Looks(self.record, self.budget, self.clock, 1, told, self.m.evaluate, self.saved, bar, alone)
 
 # %% ../nbs/40_ensemble.ipynb #f474bae0
 def each(going: list[Going], act: Callable) -> None:
@@ -653,8 +661,8 @@ def each(going: list[Going], act: Callable) -> None:
         raise bad[0]
 
 # %% ../nbs/40_ensemble.ipynb #1c7d5e38
-class _Advance:
-    "Steps of runs that are alike"
+class _Begin:
+    "The first steps of runs, before there is a stack"
     def prepare(self, g: Going) -> None:
         "Have all that the first steps leave behind; a run that was resumed made them in another process"
         if g.resume:
@@ -669,6 +677,9 @@ class _Advance:
         g.count()
         g.lower()
 
+# %% ../nbs/40_ensemble.ipynb #3055ee2f
+class _Advance(_Begin):
+    "Steps of runs that are alike"
     def step(self, going: list[Going]) -> None:
         "The next step of all"
         if going[0].step < FIRST:
@@ -734,7 +745,7 @@ def plan(goings: list[Going], draws: int, rows: int = ROWS) -> tuple[list[tuple[
     "Which runs go together, with their recipe; and those that go alone, with the reason"
     recipes, groups, alone = {}, {}, {}
     for i, g in enumerate(goings):
-        known = getattr(g.m.opt, "draws_itself", False)
+        known = getattr(g.m.opt, "draws_itself", False) or getattr(loop.team_of(g.m.streams), "size", 1) > 1
         if known or g.nonfinite == "skip" and not isinstance(g.m.opt, ConstrainedOptimizer):
             alone[i] = ""
             continue
@@ -758,8 +769,9 @@ def train_alone(g: Going, progress: bool, **budget) -> Run:
         if m.seed is not None:
             torch.manual_seed(m.seed)
         try:
-            return train(m.model, m.opt, m.loss, m.gaps, m.streams, evaluate=m.evaluate, checkpoint=m.checkpoint,
-                         resume=g.resume, parts=m.parts, nonfinite=nonfinite, progress=progress and m.name, **budget)
+            return loop.train(m.model, m.opt, m.loss, m.gaps, m.streams, evaluate=m.evaluate, checkpoint=m.checkpoint,
+                              resume=g.resume, parts=m.parts, nonfinite=nonfinite,
+                              progress=progress and m.name, **budget)
         except FloatingPointError as e:
             if g.nonfinite != "drop":
                 raise FloatingPointError(f"{m.name}: {e}") from e
@@ -795,7 +807,7 @@ def in_turn(goings: list[Going], stacks: list, alone: dict[int, str], compiled: 
     title = f"{sum(len(part) for _, part in stacks)} runs" if progress is True else progress
     bar, done = Progress(title if stacks else False), 0.
     try:
-        with interruptible() as pressed:
+        with loop.interruptible() as pressed:
             for recipe, part in stacks:
                 if pressed():
                     return list(runs.values())

@@ -72,7 +72,7 @@ def row_terms(
     a, b = torch.vmap(lambda z, y: tuple(statistic(z[None], zero, y[None], 1, hard=hard)))(z, y)
     return a[:, 0], b[:, 0]
 
-
+# %% ../nbs/20_evaluate.ipynb #8f78cedc
 def membership(g: Tensor, n_groups: int) -> Tensor:
     "1 where row i is in group j, else 0, shape (n, G), float64"
     return (g == torch.arange(n_groups)[:, None]).double().T
@@ -155,7 +155,7 @@ def skew_interval(
     ends = [3 / s * (cbrt(1 + s * (x - s / 6)) - 1) for x in (t, -t)]
     return r - ends[0] * error, r - ends[1] * error
 
-
+# %% ../nbs/20_evaluate.ipynb #92160263
 def rate_interval(sums: Tensor, q: float) -> tuple[Tensor, Tensor]:
     "Interval of each rate, by the kind of its rows"
     A, B, AA, _, BB = sums[:5]
@@ -251,7 +251,7 @@ def gap_covariance(
     own, both, whole = inner(r, r) / B**2, inner(r, all_r) / (B * n), inner(all_r, all_r).sum(-1, keepdim=True) / n**2
     return torch.diag_embed(own.clamp(min=0)) - both[..., None, :] - both[..., None] + whole[..., None]
 
-
+# %% ../nbs/20_evaluate.ipynb #c8132a73
 def gap_limits(sums: Tensor, q: float) -> tuple[Tensor, Tensor]:
     "Interval of the signed gaps, Eq. (5): a group against the rest, and the chance in its share"
     whole = sums.sum(-1, keepdim=True)
@@ -359,7 +359,7 @@ def verdict(each: Sequence[str]) -> str:
     "Of all groups together"
     return "violated" if "violated" in each else "undecided" if "undecided" in each else "holds"
 
-
+# %% ../nbs/20_evaluate.ipynb #ae9d6b10
 def rows_to_decide(
     rates: GroupRates,  # Rates with intervals
     bound: float,       # Largest gap that is wanted
@@ -438,7 +438,7 @@ def stacked_logits(
                          f"{tuple(out.shape)} {out.dtype}: networks first, rows second")
     return out.to("cpu", torch.float64)
 
-
+# %% ../nbs/20_evaluate.ipynb #20812bf3
 def _tally(z, batch, statistic, n_groups, member):
     "Sums of one chunk, which add up, (21, S, G): moments of soft and hard rates, losses, right decisions, rows"
     S, n = z.shape
@@ -463,7 +463,7 @@ def evaluate(
     "Evaluate on all rows, in one pass; the same as `Evaluator(data, ...)(model)`"
     return Evaluator(data, statistic, **options)(model)
 
-
+# %% ../nbs/20_evaluate.ipynb #b4580ad7
 def evaluate_many(
     models: Callable,               # S networks: features -> logits of shape (S, n) or (S, n, 1)
     data: Batch | Iterable[Batch],  # All rows, or batches of them

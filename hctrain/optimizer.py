@@ -427,9 +427,9 @@ class _LateGroups:
         "What a torch optimizer beside the primal one is told of a new group"
         return {"params": group["params"]}
 
-# %% ../nbs/04_optimizer.ipynb #b96f9033
-class _Smooth:
-    "Anchors z that follow x, and the force μ (x − z); the method's options are `mu` and `beta`"
+# %% ../nbs/04_optimizer.ipynb #59946cce
+class _Anchors:
+    "Anchors z"
     def anchors(self, x: list[Tensor]) -> list[Tensor]:
         "The anchor of each tensor, made as its copy at first sight"
         states = [self.state[p] for p in x]
@@ -438,6 +438,9 @@ class _Smooth:
                 state["z"] = p.detach().clone()
         return [state["z"] for state in states]
 
+# %% ../nbs/04_optimizer.ipynb #b96f9033
+class _Smooth(_Anchors):
+    "The force μ (x − z), and anchors z that follow x; the method's options are `mu` and `beta`"
     def smooth(self, closure: Callable | None) -> tuple[Callable, Callable]:
         "A force for `descend`, and what to call after it"
         waiting = {}

@@ -32,7 +32,7 @@ class Advice(NamedTuple):
     seen: str  # What was seen
     knob: str  # What to turn, by name
 
-
+# %% ../nbs/25_report.ipynb #f2e43d00
 def evaluation_advice(
     evaluations: Mapping[str, Evaluation],  # By split
     hard: bool = False,                     # Decisions are constrained, not scores
@@ -52,7 +52,7 @@ def evaluation_advice(
         out.append(Advice("undecided", f"the rows of {there} do not tell", _more_rows(last, hard)))
     return out
 
-
+# %% ../nbs/25_report.ipynb #ba0ea7bb
 def _more_rows(e, hard):
     "How many rows would decide, in words"
     n = float(f"{rows_in_all(e.hard if hard else e.soft, e.bound):.2g}")
@@ -98,7 +98,7 @@ def predictions(
             parts.append((b.y.cpu(), flat_logits(model(b.x)).cpu().double().sigmoid(), b.g.cpu()))
     return tuple(torch.cat(column).numpy() for column in zip(*parts, strict=True))
 
-
+# %% ../nbs/25_report.ipynb #8e982b04
 def by_group(
     model: Callable,                           # A network: features -> logits
     data: Batch | Iterable[Batch],             # All rows, or batches of them
@@ -149,7 +149,7 @@ def _run_panels(axes, record, split, bound):
     axes[1].set(title=f"largest gap, {split}", xlabel="step", ylim=(0, None))
     axes[1].legend(fontsize=7, frameon=False, loc="upper right")
 
-
+# %% ../nbs/25_report.ipynb #39d43870
 def picture(
     evaluations: Mapping[str, Evaluation],  # By split
     names: Sequence[str],                   # Of the groups
@@ -186,7 +186,7 @@ padding:.25em .8em;margin:0 .6em .4em 0}.hct .b b{font-size:1.15em}
 .hct .a i{color:#555}.hct svg{max-width:100%;height:auto}.hct table{border-collapse:collapse;font-size:12px}
 .hct td,.hct th{padding:.15em .6em;text-align:right;border:0;border-bottom:1px solid #ddd}</style>"""
 
-
+# %% ../nbs/25_report.ipynb #5ec6af9f
 def _svg(fig):
     "The figure as SVG with real text"
     from matplotlib import rc_context

@@ -77,8 +77,19 @@ class _Slack:
         "For copies and pickles, which a graph cannot be in"
         return {**super().__getstate__(), "weights": []}
 
+# %% ../nbs/05_sslalm.ipynb #f6a4cb76
+class _Safeguard:
+    "Multipliers that stay bounded"
+    def restart(self):
+        "y ← 0 where its norm has reached the bound"
+        norm = torch.linalg.vector_norm(self.y)
+        if self.deferred:
+            self.y.masked_fill_(norm >= self.dual_bound, 0)
+        elif norm.item() >= self.dual_bound:
+            self.y.zero_()
+
 # %% ../nbs/05_sslalm.ipynb #b029ed51
-class SSLALM(_Form, _Slack, Multipliers, ConstrainedOptimizer):
+class SSLALM(_Form, _Slack, _Safeguard, Multipliers, ConstrainedOptimizer):
     "Stochastic smoothed and linearized augmented Lagrangian method, Eqs. (2)-(3) of arXiv 2509.21254"
     saved = ("y", "s", "s_anchor", "slack_lr", "dual_lr", "rho", "dual_bound", "inequality", "equality")
     claims = frozenset({"equality", "multipliers", "optimizer"})
@@ -109,14 +120,6 @@ class SSLALM(_Form, _Slack, Multipliers, ConstrainedOptimizer):
         self.dual.step(masked(self.form("residual", c0, self.s), ok))             # (3)  y ← y + η c(x, ζ₀)
         self.y.copy_(self.form("multiplier", self.y))
         self.restart()                                                            #      restart at 0
-
-    def restart(self):
-        "y ← 0 where its norm has reached the bound"
-        norm = torch.linalg.vector_norm(self.y)
-        if self.deferred:
-            self.y.masked_fill_(norm >= self.dual_bound, 0)
-        elif norm.item() >= self.dual_bound:
-            self.y.zero_()
 
     def lagrangian(self, f, c1, c2=None):
         "Scalar with the gradient ∇f + ∇c(x, ζ₁)ᵀ (y + ρ (c(x, ζ₂) + s)); `c2=None` takes the values of `c1`"

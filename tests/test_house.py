@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from chapters import NOTEBOOKS, ROOT, cells, modules
 
-LAZY = {"pandas", "sklearn", "matplotlib", "scipy", "tqdm", "joblib", "fairret", "folktables", "IPython", "ipywidgets"}
+LAZY = {"pandas", "sklearn", "matplotlib", "scipy", "tqdm", "fairret", "folktables", "IPython", "ipywidgets", "joblib",
+        "distributed"}
 ALGORITHMS = range(5, 19)
 
 
