@@ -218,7 +218,7 @@ def in_place(memory: Memory, n: Node, a: Node, b: Node) -> tuple | None:
     return None
 
 # %% ../nbs/40_ensemble.ipynb #6e9df51c
-def finite(memory: Memory, n: Node, a: Node, b: Node) -> tuple | None:
+def is_finite_test(memory: Memory, n: Node, a: Node, b: Node) -> tuple | None:
     "`isfinite` as one call: it is written as x = x and |x| != inf"
     if n.target is aten.mul.Tensor and a.target is aten.eq.Tensor and a.args[0] is a.args[1]:
         if b.target is aten.ne.Scalar and b.args[1] == math.inf and b.args[0].target is aten.abs.default:
@@ -230,7 +230,7 @@ def paired(g: GraphModule) -> None:
     memory = Memory(g.graph)
     for n in list(g.graph.nodes):
         if len(n.args) > 1 and like(n) and like(n.args[0]) and like(n.args[1]):
-            for rule in (with_product, in_place, finite):
+            for rule in (with_product, in_place, is_finite_test):
                 if new := rule(memory, n, *n.args[:2]):
                     memory.at[replace(g, n, g.graph.call_function, *new)] = memory.at[n]
                     break
