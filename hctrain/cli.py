@@ -250,8 +250,8 @@ def _in_short(table, axes: dict):
     "Means over seeds, with the settings that vary"
     by = ["algorithm", *(k for k, values in axes.items() if len(values) > 1 and k not in ("algorithm", "seed"))]
     results = [name for name in ("train_loss", "train_gap", "test_loss", "test_gap") if name in table]
-    means = table.groupby(by, dropna=False, sort=False)
-    return means[results].mean().round(3).assign(runs=means.size()).reset_index()
+    groups = table.assign(runs=table.error.isna()).groupby(by, dropna=False, sort=False)
+    return groups[results].mean().round(3).assign(runs=groups.runs.sum()).reset_index()
 
 # %% ../nbs/50_cli.ipynb #865b81d0
 def sweep_acs(

@@ -147,7 +147,7 @@ def _run_panels(axes, record, split, bound):
         axes[1].plot(step, record[f"{split}_{key}"].max(1), style, color="#0072B2", lw=1.2, label=label)
     axes[1].axhspan(0, bound, color="#009E73", alpha=.13, lw=0)
     axes[1].set(title=f"largest gap, {split}", xlabel="step", ylim=(0, None))
-    axes[1].legend(fontsize=7, frameon=False, loc="upper right")
+    axes[1].legend(fontsize=7, frameon=False, loc="best")
 
 # %% ../nbs/25_report.ipynb #39d43870
 def picture(

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import closing, contextmanager
@@ -148,16 +149,20 @@ def _missing(rows: Mapping, wanted: Mapping, retry: bool) -> dict[str, dict]:
     "Configurations without a row, or with that of an error"
     return {key: c for key, c in wanted.items() if key not in rows or retry and rows[key]["error"] is not None}
 
-def _done(run: Callable, left: Mapping, n_jobs: int | None) -> Iterator[dict]:
+@contextmanager
+def _done(run: Callable, left: Mapping, n_jobs: int | None) -> Iterator[Iterator[dict]]:
     "Rows in the order in which they are finished"
     import joblib
     workers = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
+    rows = workers(joblib.delayed(_attempt)(run, key, c) for key, c in left.items())
     try:
-        with closing(workers(joblib.delayed(_attempt)(run, key, c) for key, c in left.items())) as rows:
-            yield from rows
+        yield rows
     except BrokenExecutor:
         raise RuntimeError("expected workers that live, got one that was killed, maybe for its memory: what was done "
                            "is kept; go on with fewer jobs") from None
+    finally:
+        with warnings.catch_warnings(action="ignore"):       # that what was cut is cut
+            rows.close()
 
 # %% ../nbs/42_sweep.ipynb #beb62ee3
 def sweep(
@@ -174,7 +179,7 @@ def sweep(
         rows = _Rows(folder)
         left = _missing(rows, wanted, retry)
         bar = Progress(progress and f"{len(left)} of {len(wanted)} runs")
-        with closing(bar), closing(_done(run, left, n_jobs)) as done:
+        with closing(bar), _done(run, left, n_jobs) as done:
             for i, row in enumerate(done, 1):
                 rows.add(row)
                 bar.show(i / len(left), {})
