@@ -1,4 +1,5 @@
 """The command line as a person uses it: its own process, synthetic and real data, wrong inputs, Ctrl-C."""
+import csv
 import os
 import signal
 import subprocess
@@ -35,6 +36,18 @@ def test_real(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "synthetic" not in done.stdout and "±" in done.stdout
     assert list(tmp_path.glob("elsewhere/acs-WV-*/metrics.csv"))
+
+
+def test_sweep_in_one_stack(tmp_path):
+    "A row for each combination of those options that an algorithm has"
+    done = hctrain("acs", "--steps", "20", "--seeds", "2", "--evaluations", "1", "--algorithms", "adam", "sslalm",
+                   "--sweep", "rho=0.1,1", "dual_lr=0.05,0.1", "--per-group", "4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table, = tmp_path.glob("runs/*/table.csv")
+    rows = [row[0] for row in csv.reader(table.read_text().splitlines()[2:])]
+    assert rows == ["Adam", *(f"SSL-ALM, rho={rho}, dual_lr={lr}" for rho in ("0.1", "1") for lr in ("0.05", "0.1"))]
+    wrong = hctrain("acs", "--steps", "20", "--sweep", "depth=1,2", cwd=tmp_path)
+    assert wrong.returncode == 2 and "got depth" in wrong.stderr
 
 
 # chapter 50 tries more
