@@ -34,7 +34,7 @@ setup(
         "acs": deps("acs_requirements"),
         "cluster": deps("cluster_requirements"),
         "peers": deps("acs_requirements") + deps("peers_requirements"),
-        "dev": deps("acs_requirements") + deps("dev_requirements"),
+        "dev": deps("acs_requirements") + deps("cluster_requirements") + deps("dev_requirements"),
     },
     entry_points={
         "console_scripts": ["hctrain=hctrain.cli:main"],
