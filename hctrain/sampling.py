@@ -262,7 +262,7 @@ class _SharedCodes:
 # %% ../nbs/02_sampling.ipynb #f2704245
 class _Gather(_SharedCodes, Draws):
     "One gather for many draws"
-    cache = 2**20  # bytes of features that are gathered at a time
+    cache = 2**20  # bytes of features that are gathered at a time, of 64 draws at most
     def _versions(self) -> tuple[int, ...]:
         "Others after a write into the data"
         return tuple(0 if t.is_inference() else t._version for t in self.data)
@@ -272,7 +272,7 @@ class _Gather(_SharedCodes, Draws):
         "The next draws of n streams, what was gathered for them, and from what"
         x, size = self.data.x, self.table.size
         draw = n * size * x[:1].numel() * x.element_size()
-        rows = self.rows_ahead(n, 1 + self.cache // max(1, draw))
+        rows = self.rows_ahead(n, 1 + min(63, self.cache // max(1, draw)))
         fields = [t.index_select(0, rows.reshape(-1)).view(-1, size, *t.shape[1:]).unbind() for t in self.data[:2]]
         codes = self._codes(rows.reshape(-1), len(fields[0]))
         batches = [Batch(x.data, y.data, g) for x, y, g in zip(*fields, codes, strict=True)]

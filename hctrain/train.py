@@ -673,7 +673,7 @@ def train(
     kept |= {f"scheduler{i}": s for i, s in enumerate(schedulers)}
     saved = None if checkpoint is None else Checkpoint(checkpoint, **kept)
     step, past, record = saved.load() if resume else (0, 0., Record())
-    clock, bar = team.clock(past), Progress(progress and team.rank == 0)
+    clock, bar = team.clock(past), Progress(progress if team.rank == 0 else False)
     replay = Replay(do_step, first=max(0, 2 - step), pause=clock.paused) if compiled else None
     do_step, told = replay or do_step, teller(model, opt, skipping if attempt is skipping else None, replay, team)
     run = _Looks(record, budget, clock, getattr(streams, "batches_per_epoch", 1), told, evaluate, saved, bar, team)
