@@ -103,6 +103,8 @@ class Mixture:
         p: Tensor,                   # Their probabilities, shape (J,)
         seed: int = 0,               # Of the draws
     ):
+        if len(models) != len(p) or bool((p < 0).any()) or not abs(float(p.sum()) - 1) < 1e-4:
+            raise ValueError(f"expected a probability for each of {len(models)} networks, 1 in all, got {p.tolist()}")
         self.models, self.p = [m for m, q in zip(models, p, strict=True) if q > 0], p[p > 0]
         self.generator = torch.Generator().manual_seed(seed)
 

@@ -397,7 +397,8 @@ class Evaluator:
             raise ValueError(f"expected a level between 0 and 1, got {level}: 0.95 is customary")
         if n_groups is None:
             if not hasattr(data, "g"):
-                raise ValueError("expected n_groups with an iterable of batches, got none: a batch may lack groups")
+                raise ValueError("expected n_groups with an iterable of batches, got none: a batch may lack groups; "
+                                 "one table is Batch(x, y, g), of a loaded one table.train or table.test")
             n_groups = int(data.g.max()) + 1 if len(data.g) else 0
         self.data, self.statistic, self.n_groups = data, statistic, n_groups
         self.bound, self.level, self.chunk, self.members = bound, level, chunk, None

@@ -40,6 +40,8 @@ def evaluation_advice(
     "What evaluations show: scores that hold while decisions do not, train without test, too few rows"
     out, named_ones = [], list(evaluations.items())
     (here, first), (there, last) = named_ones[0], named_ones[-1]
+    if not last.max_gap(hard) < math.inf:
+        return [Advice("NaN", f"outputs on {there} are not finite", "look at features and weights; lower lr")]
     if not hard and last.max_gap() <= last.bound < last.max_gap(hard=True):
         out.append(Advice("scores hold, decisions do not", f"on {there} the largest gap is {last.max_gap():.3f} in "
                           f"scores and {last.max_gap(hard=True):.3f} in decisions, bound {last.bound:g}",

@@ -653,7 +653,7 @@ def train(
     evaluations: int = 20,                   # How often, evenly spread, besides at the start
     schedulers: Sequence = (),               # Learning-rate schedulers, stepped after each step
     anneal: bool = False,                    # Let the steps of the weights fall to 0 over the budget, in a line
-    compiled: bool = False,                  # Record and compile the step: seconds once, then a quarter of its time
+    compiled: bool = False,                  # Record and compile the step: seconds once, then less than half its time
     checkpoint: str | Path | None = None,    # File written at each evaluation and after Ctrl-C
     resume: bool = False,                    # Go on from that file
     nonfinite: str = "raise",                # What a NaN does; `"skip"` leaves that step out and counts it
