@@ -30,7 +30,7 @@ from .compare import ALGORITHMS, COLUMNS, Algorithm, Setting, run_one
 from .train import Progress, write_atomically
 
 # %% auto #0
-__all__ = ['key_of', 'read', 'sweep', 'plan', 'takes', 'Trial', 'configurations', 'Census']
+__all__ = ['key_of', 'read', 'sweep', 'plan', 'takes', 'setting_of', 'Trial', 'configurations', 'Census']
 
 # %% ../nbs/42_sweep.ipynb #5bf17d32
 def _plain(value):
@@ -211,6 +211,13 @@ def _last(record) -> dict[str, float]:
             for split in ("train", "test") for name in COLUMNS}
 
 # %% ../nbs/42_sweep.ipynb #52aad77e
+def setting_of(
+    options: Mapping[str, object] # A configuration
+) -> Setting:
+    "What of it is shared by all algorithms; one evaluation, at the end, unless it says more"
+    shared = {"evaluations": 1} | {name: v for name, v in options.items() if name in asdict(Setting())}
+    return Setting(**({"seconds": None} if "steps" in shared else {}) | shared)
+
 class Trial:
     "A run of `run_one`, as a function of a configuration"
     def __init__(self,
@@ -222,10 +229,9 @@ class Trial:
 
     def __call__(self, algorithm: str, seed: int = 0, **options) -> dict[str, float]:
         "Train, and return the last evaluation"
-        a, shared = self.algorithms[algorithm], {"evaluations": 1}
-        shared |= {name: options.pop(name) for name in asdict(Setting()) if name in options}
-        setting = Setting(**({"seconds": None} if "steps" in shared else {}) | shared)
-        a = a._replace(options=a.options | options)
+        a, setting = self.algorithms[algorithm], setting_of(options)
+        own = {name: v for name, v in options.items() if name not in asdict(setting)}
+        a = a._replace(options=a.options | own)
         run, _ = run_one(self.data, self.network, a, seed, setting, progress=False)
         if run.interrupted:
             raise KeyboardInterrupt
@@ -247,6 +253,8 @@ def configurations(
     for name, names in knows.items():
         mine = {"algorithm": [name]} | {k: axes[k] for k in axes if k in names}
         rows += [dict(zip(mine, values, strict=True)) for values in itertools.product(*mine.values())]
+    for row in rows:
+        setting_of(row)                                  # refuses what makes no sense before anything runs
     return rows
 
 # %% ../nbs/42_sweep.ipynb #6fd89bbe
