@@ -765,6 +765,7 @@ def train_alone(g: Going, progress: bool, **budget) -> Run:
     "Train one run as `train` does"
     m = g.m
     nonfinite = "raise" if g.nonfinite == "drop" else g.nonfinite
+    budget["compiled"] = budget["compiled"] and budget["steps"] is None        # in steps: what could not be recorded
     with torch.random.fork_rng(devices=[]):
         if m.seed is not None:
             torch.manual_seed(m.seed)
@@ -825,6 +826,18 @@ def in_turn(goings: list[Going], stacks: list, alone: dict[int, str], compiled: 
             break
     return list(runs.values())
 
+# %% ../nbs/40_ensemble.ipynb #e5722ff1
+def checked(members: Sequence[Member | dict]) -> list[Member]:
+    "The runs, none of which may share what it changes"
+    if not isinstance(members, (list, tuple)) or not members:
+        raise TypeError(f"expected a list of runs, got {members!r:.40}: pass [Member(model, opt, ...), ...], or dicts")
+    members = [Member(**m) if isinstance(m, dict) else m for m in members]
+    for what in ("model", "opt", "streams", "checkpoint"):
+        own = [getattr(m, what) for m in members if getattr(m, what) is not None]
+        if len({str(v) if what == "checkpoint" else id(v) for v in own}) < len(own):
+            raise ValueError(f"expected runs with a {what} of their own, got one for several: make one for each")
+    return members
+
 # %% ../nbs/40_ensemble.ipynb #669481f8
 def train_many(
     members: Sequence[Member | dict],  # The runs, or dicts with what they are made of
@@ -844,7 +857,7 @@ def train_many(
 ) -> list[Run]:
     "Train many runs, stacked where they are alike; each as `train` would train it"
     budget = Budget(steps, seconds, epochs, evaluations)
-    members = [Member(**m) if isinstance(m, dict) else m for m in members]
+    members = checked(members)
     check_choice("nonfinite", nonfinite, ("raise", "skip", "drop"))
     goings = [Going(m, budget, anneal, resume, nonfinite) for m in members]
     stacks, alone = plan(goings, draws, rows) if steps else ([], dict.fromkeys(range(len(members)), ""))

@@ -48,6 +48,8 @@ class Recorder(TorchFunctionMode):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name == "item":
             return args[0]
+        if name in ("tolist", "numpy", "__array__"):
+            raise TypeError("values of a tensor leave torch")
         if name == "_amp_foreach_non_finite_check_and_unscale_":              # at scale 1: whether all is finite
             return args[1].copy_(~sum(g.sum() for g in args[0]).isfinite())
         if name.startswith("_foreach_"):
@@ -161,6 +163,20 @@ def pruned(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     graph.recompile()
     return graph
 
+# %% ../nbs/19_replay.ipynb #d8b84b15
+def check_recording(recording: Recording, written: Callable, batches: list, inputs: list[Tensor]) -> None:
+    "Refuse a recording that makes another step than the one written, on the same rows in another order"
+    others, before = [t.flip(0) for t in inputs], [t.detach().clone() for t in recording.state]
+    random = torch.get_rng_state()
+    written(refilled(batches, others))
+    wanted = [t.detach().clone() for t in recording.state]
+    torch.set_rng_state(random)
+    with torch.no_grad():
+        torch._foreach_copy_([t.detach() for t in recording.state], before)
+        recording.graph(*recording.state, recording.values.clone(), *others)
+    if not all(torch.allclose(t, w, rtol=1e-5, atol=1e-7, equal_nan=True) for t, w in zip(recording.state, wanted)):
+        raise TypeError("the recorded step differs from the one written: something comes from Python or NumPy")
+
 # %% ../nbs/19_replay.ipynb #29e19823
 def record(
     do_step: Callable,             # `do_step(model, opt, loss, gaps, streams, joint)`, as in `hctrain.train`
@@ -189,7 +205,10 @@ def record(
         do_step(model, opt, loss, gaps, Given(batches), joint)             # what is made at first use is made here
         with unreadable(opt), Recorder():
             graph = make_fx(step)(*state, values.clone(), *inputs)
-    return Recording(pruned(graph), state, numbers, values, moved)
+    recording = Recording(pruned(graph), state, numbers, values, moved)
+    with nothing_changes([*state, *counts], [vars(opt), *(d for d, _ in numbers)]):
+        check_recording(recording, lambda bs: do_step(model, opt, loss, gaps, Given(bs), joint), batches, inputs)
+    return recording
 
 # %% ../nbs/19_replay.ipynb #fab2ab15
 def compile_recording(
@@ -270,8 +289,15 @@ class _Switching:
                 self.made[key] = self.make(model, opt, loss, gaps, batches, joint)
             self.seconds += time.perf_counter() - begin
         self.key, (self.recording, self.run) = key, self.made[key]
-        self.arguments = self.recording.arguments([])
+        self.arguments, self.constants = self.recording.arguments([]), constants_of(self.opt)
         self.load()
+
+# %% ../nbs/19_replay.ipynb #3c4ec3f4
+def constants_of(opt: torch.optim.Optimizer) -> list:
+    "What a recording takes for constant: options of groups that are no numbers of it, and which weights are frozen"
+    groups = [g for o in optimizers_of(opt) if not isinstance(o, Descent | Ascent) for g in o.param_groups]
+    options = lambda g: {k: v for k, v in g.items() if k not in ("params", "lr", "initial_lr")}
+    return [(options(g), [p.requires_grad for p in g["params"]]) for g in groups]
 
 # %% ../nbs/19_replay.ipynb #524d4d00
 class _Numbers:
@@ -280,18 +306,21 @@ class _Numbers:
         "Take over all numbers"
         self.recording.values.copy_(values_of(self.recording.numbers))
         self.given = [(i, *n) for i, n in enumerate(self.recording.numbers) if i not in self.recording.moved]
-        self.seen = [d[k] for _, d, k in self.given]
+        self.seen = [float(d[k]) for _, d, k in self.given]
 
     def read(self) -> None:
         "Take over those that were changed from outside, as by a scheduler"
-        if (now := [d[k] for _, d, k in self.given]) != self.seen:
+        if (now := [float(d[k]) for _, d, k in self.given]) != self.seen:
             for (i, *_), new, old in zip(self.given, now, self.seen, strict=True):
                 if new != old:
-                    self.recording.values[i] = float(new)
+                    self.recording.values[i] = new
             self.seen = now
 
     def settle(self) -> None:
-        "Bring those that steps moved back to Python"
+        "Bring those that steps moved back to Python; what was recorded as a constant may not have changed"
+        if self.recording and self.constants != constants_of(self.opt):
+            raise ValueError("expected nothing but lr to change in the torch optimizers of a recorded step, got more, "
+                             "as by OneCycleLR(cycle_momentum=True): train with compiled=False")
         for i in self.recording.moved if self.recording else ():
             (d, k), v = self.recording.numbers[i], self.recording.values[i].item()
             d[k] = d[k].fill_(v) if isinstance(d[k], Tensor) else type(d[k])(v)

@@ -592,7 +592,7 @@ def _check_arguments(model, opt, loss, evaluate, schedulers, anneal, parts):
     _check_own_parts(parts)
 
 # %% ../nbs/21_train.ipynb #3f0d02a4
-def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules):
+def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules, unmasked=False):
     "Refuse parts that do not go together"
     if resume and checkpoint is None:
         raise ValueError("expected a checkpoint to resume from, got none: "
@@ -606,6 +606,9 @@ def _check_parts(opt, gaps, streams, resume, checkpoint, two_schedules):
                          "its multipliers come with the direction, from the surrogate alone")
     if two_schedules:
         raise ValueError("expected schedulers or anneal=True, got both: each would undo what the other sets")
+    if unmasked and not isinstance(opt, ConstrainedOptimizer):
+        raise ValueError(f"expected nonfinite='raise' for a compiled {type(opt).__name__}, got 'skip': "
+                         "nobody masks a NaN for it there; train with compiled=False")
 
 # %% ../nbs/21_train.ipynb #9f4eaa9c
 def teller(model: nn.Module, opt: torch.optim.Optimizer, skipping: SkipNonFinite | None,
@@ -656,7 +659,7 @@ def train(
     compiled: bool = False,                  # Record and compile the step: seconds once, then less than half its time
     checkpoint: str | Path | None = None,    # File written at each evaluation and after Ctrl-C
     resume: bool = False,                    # Go on from that file
-    nonfinite: str = "raise",                # What a NaN does; `"skip"` leaves that step out and counts it
+    nonfinite: str = "raise",                # What a NaN does; `"skip"` leaves it out; compiled, counted once a look
     parts: Mapping | None = None,            # More to keep in the checkpoint, by name: `state_dict`, `load_state_dict`
     progress: bool | str = True              # Show a bar; a string is its title
 ) -> Run:
@@ -664,7 +667,7 @@ def train(
     _check_arguments(model, opt, loss, evaluate, schedulers, anneal, parts or {})
     budget, do_step = Budget(steps, seconds, epochs, evaluations), choose_step(opt, draws)
     joint, team = rows_are_independent(model), checked_team(streams, loss, gaps, compiled)
-    _check_parts(opt, gaps, streams, resume, checkpoint, anneal and schedulers)
+    _check_parts(opt, gaps, streams, resume, checkpoint, anneal and schedulers, compiled and nonfinite == "skip")
     skipping = SkipNonFinite(opt)
     attempt = skipping if check_choice("nonfinite", nonfinite, ("raise", "skip")) == "skip" else nullcontext()
     used = [0.]                                            # the share of the budget

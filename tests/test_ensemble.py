@@ -308,3 +308,20 @@ def test_compare_and_tune():
     np.testing.assert_allclose(*(np.array([row[3:] for row in t], dtype=float) for t in (a, b)), atol=1e-4)
     chosen = [tune(data, network, ALGORITHMS["alm"], setting, 3, many=many)[0].options for many in (None, train_many)]
     assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("what", ["model", "opt", "streams", "checkpoint"])
+def test_runs_share_nothing(what, tmp_path):
+    a, b = member(), member(seed=1)
+    setattr(b, what, getattr(a, what))
+    if what == "checkpoint":
+        a.checkpoint = b.checkpoint = tmp_path / "run.pt"
+    with pytest.raises(ValueError, match=f"expected runs with a {what} of their own"):
+        train_many([a, b], **QUIET)
+    assert a.streams.t == 0
+
+
+@pytest.mark.parametrize("members", [[], "runs", {"model": None}])
+def test_lists_of_runs(members):
+    with pytest.raises(TypeError, match="expected a list of runs"):
+        train_many(members, **QUIET)

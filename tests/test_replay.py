@@ -1,4 +1,5 @@
 """Recorded steps are the steps as written: every kind of step, batches of two shapes, schedules, resumed runs."""
+import random
 import shutil
 
 import pytest
@@ -195,3 +196,49 @@ def test_a_compiled_torch_optimizer_tells_of_nan():
     model, opt, _, _, streams = task(lambda p, m: torch.optim.SGD(p, lr=1.))
     with pytest.raises(FloatingPointError, match="weights"):
         train(model, opt, lambda out, batch: -out.exp().mean(), None, streams, steps=40, progress=False, compiled=True)
+
+
+def losses():
+    "Losses of which a part does not come from torch"
+    generator, calls = random.Random(0), iter(range(10**6))
+    return {"numpy": lambda f, out, b: f * float(b.x.detach().numpy().mean() + 2),
+            "tolist": lambda f, out, b: f * sum(out.flatten().tolist()),
+            "random": lambda f, out, b: f * generator.random(),
+            "counter": lambda f, out, b: f * (1 + next(calls))}
+
+
+@pytest.mark.parametrize("name", losses())
+def test_what_leaves_torch_is_refused(name):
+    model, opt, loss, gaps, streams = task()
+    mine = losses()[name]
+    replay = Replay(one_draw_step, compiled=False)
+    with pytest.raises(TypeError, match="expected a step that does not look at values"):
+        for _ in range(3):
+            replay(model, opt, lambda out, b: mine(loss(out, b), out, b), gaps, streams, True)
+
+
+def test_other_schedules_are_told():
+    model, opt, loss, gaps, streams = task(lambda p, m: Lagrangian(torch.optim.Adam(p), m))
+    replay = Replay(one_draw_step, compiled=False)
+    for k in range(5):
+        replay(model, opt, loss, gaps, streams, True)
+        opt.param_groups[0]["betas"] = (.9 - .01 * k, .999)
+    with pytest.raises(ValueError, match="nothing but lr to change"):
+        replay.settle()
+
+
+def test_a_step_size_that_is_a_tensor():
+    ends = []
+    for step in (one_draw_step, Replay(one_draw_step, compiled=False)):
+        parts = task(lambda p, m: Lagrangian(torch.optim.Adam(p, lr=torch.tensor(.01), foreach=False), m))
+        for _ in range(20):
+            step(*parts, True)
+            parts[1].param_groups[0]["lr"].mul_(.9)
+        ends.append(list(parts[0].parameters()))
+    assert_close(*ends, rtol=0, atol=1e-7)
+
+
+def test_a_plain_optimizer_cannot_skip_where_nobody_masks():
+    model, opt, loss, _, streams = task(lambda p, m: torch.optim.Adam(p))
+    with pytest.raises(ValueError, match="expected nonfinite='raise' for a compiled Adam"):
+        train(model, opt, loss, None, streams, steps=5, progress=False, compiled=True, nonfinite="skip")
