@@ -184,7 +184,7 @@ def swept(algorithms: Sequence[Algorithm], sweep: Sequence[tuple[str, list[float
         raise ValueError(f"expected --sweep over an option of the algorithms, got {unknown[0]}: see their chapters")
     out = []
     for a in algorithms:
-        axes = [[(name, v) for v in values] for name, values in sweep if name in takes(a)]
+        axes = [[(name, v) for v in dict.fromkeys(values)] for name, values in sweep if name in takes(a)]
         for options in itertools.product(*axes):
             label = ", ".join([a.label, *(f"{name}={v:g}" for name, v in options)])
             out.append(a._replace(label=label, options=a.options | dict(options)))
@@ -207,6 +207,8 @@ def acs(
     if o["compiled"] and not setting.steps:
         raise ValueError("expected --steps with --compiled, got seconds: on a clock runs are trained one by one")
     algorithms = swept([ALGORITHMS[n] for n in o["algorithms"]], o["sweep"])
+    for a in algorithms:
+        a.make(network().parameters(), 1, **a.options)        # what makes no sense is refused before there is a folder
     data = load_acs(o["data"], state=o["state"], protected=o["protected"], download=o["download"])
     folder, config = (folder, config) if folder else _start(o)
     print(data, flush=True)
