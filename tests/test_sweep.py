@@ -22,7 +22,7 @@ from hctrain.sweep import sweep
 folder = sys.argv[1]
 
 def tiny(a, b):
-    time.sleep(.05)
+    time.sleep(.2)
     with open(f"{folder}/log", "a") as f:
         f.write(f"{a} {b}\\n")
     return {"ratio": a / b}
